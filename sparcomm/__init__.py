@@ -1,0 +1,80 @@
+"""Sparse all-reduce for data-parallel PyTorch: the public names, nothing else.
+
+Names load on first use, so that ``import sparcomm`` costs nothing: neither torch nor a kernel library is imported.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sparcomm.errors import (
+    CheckpointError,
+    CommunicationError,
+    ConfigError,
+    ConfigMismatch,
+    DamagedBag,
+    DisagreementError,
+    GradientError,
+    HookError,
+    NotInitializedError,
+    PeerError,
+    RemoteError,
+    SparcommError,
+)
+
+if TYPE_CHECKING:
+    from sparcomm.algorithms.base import Algorithm
+    from sparcomm.algorithms.dense import Dense
+    from sparcomm.algorithms.spardl import SparDL
+    from sparcomm.algorithms.topk import TopKAllGather
+    from sparcomm.config import algorithm_from_config
+    from sparcomm.ddp import HookState, attach, hook
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Algorithm",
+    "CheckpointError",
+    "CommunicationError",
+    "ConfigError",
+    "ConfigMismatch",
+    "DamagedBag",
+    "Dense",
+    "DisagreementError",
+    "GradientError",
+    "HookError",
+    "HookState",
+    "NotInitializedError",
+    "PeerError",
+    "RemoteError",
+    "SparDL",
+    "SparcommError",
+    "TopKAllGather",
+    "__version__",
+    "algorithm_from_config",
+    "attach",
+    "hook",
+]
+
+_HOME = {
+    "Algorithm": "sparcomm.algorithms.base",
+    "Dense": "sparcomm.algorithms.dense",
+    "SparDL": "sparcomm.algorithms.spardl",
+    "TopKAllGather": "sparcomm.algorithms.topk",
+    "algorithm_from_config": "sparcomm.config",
+    "HookState": "sparcomm.ddp",
+    "attach": "sparcomm.ddp",
+    "hook": "sparcomm.ddp",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sparcomm' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,45 @@
+"""Numbers that both ends of a message must agree on: header, status bits, and sizes of coded indices.
+
+Everything here is a function of sizes only, so that a receiver knows each message's length before it
+arrives. Lengths are in 4-byte words. ``docs/wire-format.md`` shows the layout byte by byte.
+"""
+
+from __future__ import annotations
+
+import functools
+
+WORD = 4  # bytes
+HEADER_WORDS = 4  # 16 bytes before every payload
+MAGIC = 0x5C
+
+NONFINITE = 1  # status bit: an inf or NaN was seen by someone whose data is in here
+DAMAGED = 2  # status bit: bytes that arrived were not what was sent
+
+BINS = 2048  # magnitude histogram: the top 11 bits below the sign bit
+
+
+def words(bits: int) -> int:
+    """Words that hold ``bits`` bits."""
+    return -(-bits // 32)
+
+
+@functools.lru_cache(maxsize=4096)
+def low_bits(k: int, m: int) -> int:
+    """Elias-Fano's split for k sorted indices below m: bits of each index that are stored as they are."""
+    return min(range(max(1, m.bit_length())), key=lambda low: elias_fano_bits(k, m, low))
+
+
+def elias_fano_bits(k: int, m: int, low: int) -> int:
+    """Bits of k sorted indices below m with ``low`` verbatim bits each: k·low, and a unary bitmap of the rest."""
+    return k * low + k + ((m - 1) >> low)
+
+
+def elias_fano_words(k: int, m: int) -> int:
+    """Words of the Elias-Fano code of k sorted distinct indices below m (low part, then high part)."""
+    low = low_bits(k, m)
+    return words(k * low) + words(k + ((m - 1) >> low))
+
+
+def bitmap_words(m: int) -> int:
+    """Words of a bitmap over m positions."""
+    return words(m)

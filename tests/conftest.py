@@ -1,0 +1,40 @@
+"""What every test gets: one thread per process, one Hypothesis profile, and a stack dump from whatever hangs."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+
+# Before torch or numba is imported anywhere: pytest-xdist already uses every core.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "sparcomm",
+    deadline=None,  # the first example of a kernel includes its compilation
+    max_examples=25,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.register_profile("thorough", parent=settings.get_profile("sparcomm"), max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "sparcomm"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips CUDA tests on machines without a device; nothing else is ever skipped here."""
+    wanted = [item for item in items if item.get_closest_marker("cuda")]
+    if not wanted:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in wanted:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
