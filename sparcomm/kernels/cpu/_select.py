@@ -1,0 +1,183 @@
+"""Exact top-k of a block: from the histogram's boundary bin, one compaction, and a radix cut of what is left.
+
+No sort and no partition. The compaction collects 64 comparisons at a time into one word, which the compiler
+turns into vector compares and mask moves, and then visits the ones: at low density nearly every word is zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sparcomm import wire
+from sparcomm.kernels.cpu._jit import PIECE, jit, next_piece, prefetch, trailing_zeros
+
+BINS = wire.BINS
+DIGIT = 11  # bits per refinement
+LANES = 8
+STALE = -1
+
+U = np.uint64
+
+
+@jit
+def boundary(row: Any, above: int, k: int) -> tuple[int, int]:
+    """The bin that holds the k-th largest, given ``above`` larger than all bins, and how many lie above that bin."""
+    b = row.size - 1
+    while b > 0 and above + row[b] < k:
+        above += row[b]
+        b -= 1
+    return b, above
+
+
+@jit
+def count_digit(bits: Any, mask: Any, prefix: Any, shift: int, width: int, slot: Any, block: int, tile: int) -> Any:
+    """Histogram of the ``width`` bits below ``shift`` of those elements of a block whose upper bits are prefix."""
+    blocks = slot.shape[1]
+    # Many elements share a digit here, so neighbours count in different places, as in the first histogram.
+    lanes = np.zeros((1 << width, LANES), np.int64)
+    digit = (1 << width) - 1
+    for r in range(slot.shape[0]):
+        start = (r * blocks + slot[r, block]) * tile
+        run = bits[start : start + tile]
+        for i in range(run.size):
+            key = run[i] & mask
+            lanes[(key >> (shift - width)) & digit, i & (LANES - 1)] += key >> shift == prefix
+    return lanes.sum(axis=1)
+
+
+@jit
+def compact(bits: Any, mask: Any, least: Any, slot: Any, block: int, tile: int, out: Any, key: Any) -> int:
+    """Local positions and magnitude bits of a block's elements >= least; how many, or STALE if there is no room.
+
+    ``out`` and ``key`` need 64 places more than there are positions.
+    """
+    blocks = slot.shape[1]
+    line = 64 // bits.itemsize
+    found = 0
+    for r in range(slot.shape[0]):
+        start = (r * blocks + slot[r, block]) * tile
+        for lo in range(start, min(start + tile, bits.size), PIECE):
+            ahead = next_piece(slot, r, block, tile, lo)
+            local = r * tile + lo - start
+            # A slice, because an index that counts from 0 is known not to be negative: no test per element.
+            run = bits[lo : min(lo + PIECE, start + tile)]
+            vector = run.size // 64 * 64
+            for i in range(0, vector, 64):
+                for j in range(0, 64, line):
+                    prefetch(bits, ahead + i + j)
+                word = U(0)
+                for j in range(64):
+                    word |= U((run[i + j] & mask) >= least) << U(j)
+                if word and found + 64 > out.size:
+                    return STALE
+                while word:
+                    one = i + trailing_zeros(word)
+                    out[found] = local + one
+                    key[found] = run[one] & mask
+                    found += 1
+                    word &= word - U(1)
+            if found + 64 > out.size:
+                return STALE
+            for i in range(vector, run.size):
+                out[found] = local + i
+                key[found] = run[i] & mask
+                found += key[found] >= least
+    return found
+
+
+@jit
+def add_ties(bits: Any, mask: Any, least: Any, greater: Any, slot: Any, block: int, tile: int, out: Any) -> int:
+    """Merges sorted positions ``greater`` with the first ones whose magnitude is ``least``, until out is full."""
+    blocks = slot.shape[1]
+    ties = out.size - greater.size
+    found = g = 0
+    for r in range(slot.shape[0]):
+        if not ties:
+            break
+        start = (r * blocks + slot[r, block]) * tile
+        run = bits[start : start + tile]
+        for i in range(run.size):
+            if run[i] & mask == least and ties:
+                while g < greater.size and greater[g] < r * tile + i:
+                    out[found] = greater[g]
+                    g, found = g + 1, found + 1
+                out[found] = r * tile + i
+                ties, found = ties - 1, found + 1
+                if not ties:
+                    break
+    while g < greater.size:
+        out[found] = greater[g]
+        g, found = g + 1, found + 1
+    return found
+
+
+@jit
+def cut(key: Any, index: Any, prefix: int, shift: int, above: int, out: Any) -> int:
+    """Of sorted candidates keeps the out.size largest: settles the bits below shift, then the ties.
+
+    ``prefix``: bits above ``shift`` of the smallest one kept; ``above``: how many exceed it in these bits.
+    """
+    row = np.empty(1 << DIGIT, np.int64)
+    while shift > 0:
+        width = min(shift, DIGIT)
+        shift -= width
+        row[:] = 0
+        for i in range(key.size):
+            row[(key[i] >> shift) & ((1 << width) - 1)] += key[i] >> (shift + width) == prefix
+        digit, above = boundary(row, above, out.size)
+        prefix = (prefix << width) | digit
+    ties = out.size - above
+    found = 0
+    for i in range(key.size):
+        tie = key[i] == prefix and ties > 0
+        if (tie or key[i] > prefix) and found < out.size:
+            ties -= tie
+            out[found] = index[i]
+            found += 1
+    return found
+
+
+def stored(slot: Any, block: int, tile: int, numel: int) -> int:
+    """Elements of a block, without padding, which only its last tile has."""
+    rounds, blocks = slot.shape
+    if not rounds:
+        return 0
+    start = ((rounds - 1) * blocks + int(slot[-1, block])) * tile
+    return (rounds - 1) * tile + min(max(numel - start, 0), tile)
+
+
+def select(bits: Any, k: int, row: Any, slot: Any, block: int, tile: int) -> Any:
+    """(k,) sorted local positions, or None if ``row`` is not the histogram of this block.
+
+    ``bits``: the vector as int32 or int64; k does not exceed the block's elements.
+    """
+    integer = bits.dtype.type
+    mask = integer(np.iinfo(bits.dtype).max)
+    shift = 8 * bits.itemsize - 1 - DIGIT
+    prefix, above = boundary(row, 0, k)
+    inside = int(row[prefix])
+    if not 0 <= above < k <= above + inside <= bits.size:
+        return None
+    # Many zeros, or many equals: rather than collect most of the vector, look at more bits of it first.
+    while shift and above + inside > 2 * k + BINS:
+        width = min(shift, DIGIT)
+        digits = count_digit(bits, mask, integer(prefix), shift, width, slot, block, tile)
+        digit, above = boundary(digits, above, k)
+        inside = int(digits[digit])
+        prefix, shift = (prefix << width) | digit, shift - width
+    # With all bits settled only what is greater is collected, and ties are added; else what is greater or equal.
+    least, capacity = (prefix << shift, above + inside) if shift else (prefix + 1, above)
+    candidates, found = np.empty(capacity + 64, np.int64), 0
+    key = np.empty(candidates.size, bits.dtype)
+    if capacity:
+        found = compact(bits, mask, integer(least), slot, block, tile, candidates, key)
+    if found != capacity:
+        return None
+    out = np.empty(k, np.int64)
+    if shift:
+        found = cut(key[:found], candidates[:found], prefix, shift, above, out)
+    else:
+        found = add_ties(bits, mask, integer(prefix), candidates[:found], slot, block, tile, out)
+    return out if found == k else None

@@ -1,0 +1,66 @@
+"""Compiling ahead: one process per host compiles, the others wait for its cache."""
+
+from __future__ import annotations
+
+import fcntl
+
+import torch
+
+from sparcomm import wire
+from sparcomm.dtypes import GRADIENT_DTYPES, WIRE_DTYPES, working_dtype
+from sparcomm.kernels import cpu
+from sparcomm.kernels.cpu._jit import fallback_folder
+from sparcomm.layout import dealt
+from sparcomm.sparse import Sparse
+
+
+def warm_up() -> None:
+    """Calls every kernel once per dtype, under a file lock: whoever comes second finds them in the disk cache."""
+    with (fallback_folder() / "warm-up.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, or its process dies
+        for dtype in GRADIENT_DTYPES:
+            _gradient_kernels(dtype)
+        for dtype in (torch.float32, torch.float64):
+            _value_kernels(dtype)
+        _code_kernels()
+
+
+def _gradient_kernels(dtype: torch.dtype) -> None:
+    n, layout = 96, dealt(96, 1)
+    grad = torch.linspace(-1, 1, n).to(dtype)
+    out = torch.empty(n, dtype=working_dtype(dtype))
+    stats, flags = torch.empty(1, wire.BINS, dtype=torch.int64), torch.zeros(1, dtype=torch.uint8)
+    index = torch.arange(3)
+    for residual in (None, torch.zeros_like(out)):
+        cpu.compensate(grad, residual, out, stats, layout, flags)
+        cpu.restore(out, grad, residual, index, index[:1], layout, 0)
+
+
+def _value_kernels(dtype: torch.dtype) -> None:
+    n, layout = 1 << 15, dealt(1 << 15, 1)
+    x = torch.linspace(1, 1.01, n, dtype=dtype)
+    stats, flags = torch.empty(1, wire.BINS, dtype=torch.int64), torch.zeros(1, dtype=torch.uint8)
+    for some in (x, torch.ones_like(x)):  # few and many candidates take different ways
+        cpu.histogram(some, stats, layout, flags)
+        cpu.select(some, n // 2, stats, layout, 0)
+        cpu.select(some, 1, stats, layout, 0)
+    index = torch.arange(3)
+    value = cpu.gather(x, index, layout, 0)
+    cpu.subtract(x, index, value, layout, 0)
+    cpu.scatter(x, index, value, layout, 0)
+    cpu.merge(x, index, value, layout, 0, stats, flags)
+    cpu.merge(x, index, value, layout, 0, None, flags)
+    cpu.merge_sum(Sparse(index, value, n), Sparse(index, value, n))
+    for wire_dtype in WIRE_DTYPES.values():
+        cpu.narrow(value, torch.empty(3, dtype=wire_dtype))
+
+
+def _code_kernels() -> None:
+    index, flags = torch.arange(3), torch.zeros(1, dtype=torch.uint8)
+    words = torch.empty(wire.elias_fano_words(3, 100), dtype=torch.int32)
+    cpu.elias_fano_encode(index, 100, words)
+    cpu.elias_fano_decode(words, 3, 100, flags)
+    words = torch.empty(wire.bitmap_words(100), dtype=torch.int32)
+    cpu.bitmap_encode(index, 100, words)
+    cpu.bitmap_decode(words, 3, 100, flags)
+    cpu.checksum(words)

@@ -1,0 +1,180 @@
+"""The contract of every kernel: names, signatures, what is read and what is written.
+
+``reference.py`` is the specification in plain torch; every other implementation returns the same bits. Letters:
+n elements, k kept positions, p blocks. ``x`` and ``out`` are 1-D, contiguous, of the working dtype (float32 or
+float64), in natural order, ``layout.numel`` long. ``index`` is int64, sorted, of local positions in ``block``;
+positions beyond ``numel`` are padding, worth zero and never stored. ``flags`` is uint8 of shape (1,), into which
+``wire.NONFINITE`` and ``wire.DAMAGED`` are ORed. No kernel touches memory out of bounds, whatever an index says.
+
+Magnitudes are compared as IEEE bits without the sign, so NaN > inf > finite, and ties go to the lowest position:
+results depend neither on the device nor on threads.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sparcomm.layout import Layout
+from sparcomm.sparse import Sparse
+
+
+class Kernels(Protocol):
+    """A module (or object) that implements all loops over n or k for one kind of device. Thread-safe."""
+
+    def compensate(
+        self, grad: Tensor, residual: Tensor | None, out: Tensor, stats: Tensor, layout: Layout, flags: Tensor
+    ) -> None:
+        """``out = grad + residual`` in the working dtype, and the histogram of the result, in one pass.
+
+        Args:
+            grad: (n,) float32, float16, bfloat16 or float64.
+            residual: (n,) working dtype, or None for zeros.
+            out: (n,) working dtype, overwritten; must not overlap ``grad`` or ``residual``.
+            stats: (layout.blocks, wire.BINS) int64, overwritten; see ``histogram``.
+            flags: NONFINITE is set if any element of the result is inf or NaN.
+        """
+        ...
+
+    def histogram(self, x: Tensor, stats: Tensor, layout: Layout, flags: Tensor) -> None:
+        """Counts every block's magnitudes by the top 11 bits below the sign; padding is not counted.
+
+        Args:
+            stats: (layout.blocks, wire.BINS) int64, contiguous, overwritten.
+            flags: NONFINITE is set if any element is inf or NaN.
+        """
+        ...
+
+    def select(self, x: Tensor, k: int, stats: Tensor, layout: Layout, block: int) -> Tensor:
+        """The k largest magnitudes of a block, exactly; ties to the lowest position, padding last among zeros.
+
+        Args:
+            k: 0 to layout.length.
+            stats: as ``histogram(x, ...)`` leaves it; row ``block`` is read and must be current.
+
+        Returns:
+            (k,) int64, strictly increasing local positions.
+
+        Raises:
+            SparcommError: k is out of range, or an implementation noticed that ``stats`` is not that of ``x``.
+        """
+        ...
+
+    def gather(self, x: Tensor, index: Tensor, layout: Layout, block: int) -> Tensor:
+        """(k,) values of ``x`` at ``index``; zero for padding and for anything outside [0, layout.length)."""
+        ...
+
+    def subtract(self, x: Tensor, index: Tensor, value: Tensor, layout: Layout, block: int) -> None:
+        """``x[index] -= value``, in place; padding and anything outside [0, layout.length) is ignored."""
+        ...
+
+    def merge(
+        self,
+        x: Tensor,
+        index: Tensor,
+        value: Tensor,
+        layout: Layout,
+        block: int,
+        stats: Tensor | None,
+        flags: Tensor,
+    ) -> None:
+        """``x[index] += value``, in place, and keeps row ``block`` of ``stats`` (if given) current.
+
+        Args:
+            index: strictly increasing; padding is ignored.
+            flags: NONFINITE is set if a sum is inf or NaN, DAMAGED if an index is outside [0, layout.length);
+                such an entry is skipped.
+        """
+        ...
+
+    def restore(
+        self,
+        x: Tensor,
+        grad: Tensor,
+        residual: Tensor | None,
+        index: Tensor,
+        keep: Tensor,
+        layout: Layout,
+        block: int,
+    ) -> None:
+        """``x = grad + residual`` at the positions of ``index`` that are not in ``keep`` (both sorted), in place."""
+        ...
+
+    def scatter(self, out: Tensor, index: Tensor, value: Tensor, layout: Layout, block: int) -> None:
+        """``out[index] = value``, in place; padding and anything outside [0, layout.length) is ignored."""
+        ...
+
+    def merge_sum(self, a: Sparse, b: Sparse) -> Sparse:
+        """The sum of two sparse vectors of one length: the union of their indices; ``a + b`` where both have one."""
+        ...
+
+    def elias_fano_encode(self, index: Tensor, m: int, out: Tensor) -> None:
+        """Codes k strictly increasing indices below m.
+
+        Args:
+            index: (k,) int64.
+            out: (wire.elias_fano_words(k, m),) int32, every word overwritten, unused bits zero.
+        """
+        ...
+
+    def elias_fano_decode(self, words: Tensor, k: int, m: int, flags: Tensor) -> Tensor:
+        """The k indices below m that ``words`` codes.
+
+        Args:
+            words: (wire.elias_fano_words(k, m),) int32, any bits at all.
+            flags: DAMAGED is set unless ``words`` is exactly what ``elias_fano_encode`` writes for the result.
+
+        Returns:
+            (k,) int64, non-decreasing, in [0, m), even if damaged. The host waits for nothing.
+
+        Raises:
+            SparcommError: ``words`` has the wrong length, or k > m.
+        """
+        ...
+
+    def bitmap_encode(self, index: Tensor, m: int, out: Tensor) -> None:
+        """Codes k strictly increasing indices below m as a bitmap: bit i % 32 of word i // 32.
+
+        Args:
+            out: (wire.bitmap_words(m),) int32, every word overwritten, unused bits zero.
+        """
+        ...
+
+    def bitmap_decode(self, words: Tensor, k: int, m: int, flags: Tensor) -> Tensor:
+        """As ``elias_fano_decode``, of the (wire.bitmap_words(m),) words of a bitmap."""
+        ...
+
+    def narrow(self, value: Tensor, out: Tensor) -> Tensor:
+        """Writes ``value`` in the wire dtype of ``out``, and returns what a receiver will read from it.
+
+        Rounds to nearest even (float64 by way of float32). Finite values beyond the wire dtype's range become
+        its largest finite value; inf and NaN stay.
+
+        Args:
+            value: (k,) working dtype.
+            out: (k,) float32, bfloat16 or float16, overwritten.
+
+        Returns:
+            (k,) of ``value``'s dtype, in memory of its own.
+        """
+        ...
+
+    def widen(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """Wire values (float32, bfloat16, float16) in the working dtype ``dtype``, in memory of their own."""
+        ...
+
+    def checksum(self, words: Tensor) -> Tensor:
+        """A 32-bit checksum of a bag, with word 3 (where it is stored) counted as 0.
+
+        The sum modulo 2^32 of ``mix(words[i] ^ (i * 0x9E3779B9))`` with a bijective ``mix``: any change of a single
+        word is detected, words may be summed in any order, and a word that moves is noticed.
+
+        Args:
+            words: (at least 4,) int32.
+
+        Returns:
+            () int32 on the same device.
+        """
+        ...
