@@ -1,0 +1,1 @@
+"""How tensors travel between ranks: the contract (base), what backends share (common), and the backends."""
