@@ -1,0 +1,146 @@
+"""What an all-reduce algorithm is: a frozen dataclass whose fields are its configuration, and one verb, ``reduce``."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparcomm.clock import Clock
+from sparcomm.dtypes import check_gradient, working_dtype
+from sparcomm.memory import Workspace
+from sparcomm.transport.base import Transport
+
+
+class Cost(NamedTuple):
+    """What one ``reduce`` makes the busiest rank send. Exact if the algorithm is static, else an upper bound."""
+
+    rounds: int
+    messages: int
+    bytes_sent: int
+
+
+class Reduced(NamedTuple):
+    """What ``reduce`` returns. Buffers belong to the caller, who may hand them to ``state.workspace`` when done.
+
+    Attributes:
+        total: (n,) working dtype: the SUM over ranks, the same bits on every rank. Undefined where ``ok`` is false.
+        residual: (n,) working dtype, pending: what this rank still owes. None = nothing.
+        sent: sorted int64 positions whose own mass left this rank; None = all.
+        state: the pending state.
+        ok: () bool, the same on all ranks: no inf or NaN in any gradient, residual or sum.
+    """
+
+    total: Tensor
+    residual: Tensor | None
+    sent: Tensor | None
+    state: State
+    ok: Tensor
+
+
+def per_element(**kwargs: Any) -> Any:
+    """A State field of length n: stored by parameter, remapped like residuals."""
+    return field(metadata={"kind": "per_element"}, **kwargs)
+
+
+def shared(**kwargs: Any) -> Any:
+    """A State field that is small and identical on all ranks: saved, and carried over a change of buckets."""
+    return field(metadata={"kind": "shared"}, **kwargs)
+
+
+def derived(**kwargs: Any) -> Any:
+    """A State field that is recomputed, never saved."""
+    return field(metadata={"kind": "derived"}, **kwargs)
+
+
+@dataclass
+class State:
+    """What an algorithm remembers between steps of one unit. Every field is per_element, shared or derived.
+
+    Attributes:
+        unit: number of the compression unit, in every bag's header.
+        clock: seconds spent per phase, added to by ``reduce``.
+        workspace: free buffers; give back what you are done with.
+        wants_sent: whether ``Reduced.sent`` is needed; without it ``sent`` is not worked out and None.
+        damage: on devices that the host does not wait for, a (1,) uint8 that keeps wire.DAMAGED once it was seen.
+    """
+
+    unit: int = derived(default=0)
+    clock: Clock = derived(default_factory=Clock)
+    workspace: Workspace = derived(default_factory=Workspace)
+    wants_sent: bool = derived(default=True)
+    damage: Tensor | None = derived(default=None)
+
+
+@dataclass(frozen=True)
+class Algorithm(ABC):
+    """An all-reduce of flat gradients. Subclass in a file of ``sparcomm/algorithms``: see docs/adding-an-algorithm.md.
+
+    Class attributes:
+        name: what configurations and the CLI call it.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def conserves(self) -> bool:
+        """Whether sum(grad + residual before) == total + sum(residual after) over ranks."""
+
+    @property
+    def static(self) -> bool:
+        """Whether message sizes are independent of the step's data."""
+        return True
+
+    @property
+    def checked(self) -> bool:
+        """Whether every byte received is covered by a bag's checksum."""
+        return True
+
+    @classmethod
+    @abstractmethod
+    def cases(cls, size: int) -> list[Algorithm]:
+        """Every legal kind of configuration at this number of ranks, for the property suite."""
+
+    def init(self, n: int, dtype: torch.dtype, device: torch.device, size: int) -> State:
+        """A fresh state for gradients of n elements of ``dtype`` reduced over ``size`` ranks."""
+        return State()
+
+    def reduce(self, grad: Tensor, residual: Tensor | None, state: State, step: int, transport: Transport) -> Reduced:
+        """Sums ``grad + residual`` over the ranks of ``transport``. Collective; its arguments are never modified.
+
+        Args:
+            grad: (n,) float32, float16, bfloat16 or float64, contiguous.
+            residual: (n,) in the working dtype, or None for zeros.
+            state: from ``init`` or the last committed step.
+            step: number of this step, the same on all ranks.
+
+        Raises:
+            GradientError: integer, complex or sparse-layout gradient.
+            CommunicationError: a peer failed, disagreed, or sent damaged bytes. The residual is then unchanged.
+        """
+        check_gradient(grad)
+        if grad.numel() == 0:
+            total = torch.empty(0, dtype=working_dtype(grad.dtype), device=grad.device)
+            return Reduced(total, None, None, state, torch.ones((), dtype=torch.bool, device=grad.device))
+        return self._reduce(grad, residual, state, step, transport)
+
+    @abstractmethod
+    def _reduce(self, grad: Tensor, residual: Tensor | None, state: State, step: int, transport: Transport) -> Reduced:
+        """``reduce`` for a valid gradient of at least one element."""
+
+    @abstractmethod
+    def cost(self, n: int, dtype: torch.dtype, size: int, state: State | None = None) -> Cost:
+        """What the busiest rank sends in one ``reduce`` of n elements of ``dtype`` over ``size`` ranks."""
+
+    @abstractmethod
+    def kept(self, n: int, size: int) -> int:
+        """How many entries of ``total`` can be non-zero."""
+
+    def fields(self) -> dict[str, Any]:
+        """The configuration, by field name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -1,0 +1,76 @@
+"""Dense all-reduce: every element of every gradient, as PyTorch does it, or in rank order with checked bags.
+
+The ordered form costs what a ring all-reduce costs, 2n(p-1)/p elements a rank, in 1 + ceil(log2 p) rounds, and gives
+the same bits on every backend; 16-bit gradients are summed and sent as float32. ``native=True`` is the backend's own
+all-reduce in the gradient's own dtype: the baseline that everything is compared with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparcomm.algorithms.base import Algorithm, Cost, Reduced, State
+from sparcomm.collectives.bags import Bags
+from sparcomm.collectives.dense import dense_traffic, ordered_all_reduce
+from sparcomm.dtypes import working_dtype
+from sparcomm.kernels import kernels_for
+from sparcomm.memory import compensated
+from sparcomm.transport.base import Transport
+
+
+@dataclass(frozen=True)
+class Dense(Algorithm):
+    """The exact sum of all gradients.
+
+    Args:
+        native: use the backend's own all_reduce. Its last bit may differ between backends, its bytes are booked by
+            formula, and damaged bytes are the backend's to find.
+    """
+
+    name: ClassVar[str] = "dense"
+    native: bool = False
+
+    @property
+    def conserves(self) -> bool:
+        """True, but for ``native``: what rounding in a 16-bit sum loses is then gone."""
+        return not self.native
+
+    @property
+    def checked(self) -> bool:
+        """Whether bytes travel in bags: not with ``native``."""
+        return not self.native
+
+    @classmethod
+    def cases(cls, size: int) -> list[Algorithm]:
+        """Both forms."""
+        return [cls(), cls(native=True)]
+
+    def _reduce(self, grad: Tensor, residual: Tensor | None, state: State, step: int, transport: Transport) -> Reduced:
+        x = compensated(grad, residual)
+        if self.native:
+            total = x.to(grad.dtype, copy=True)
+            with state.clock.span("wire"):
+                transport.all_reduce(total, native=True)
+            total = total.to(working_dtype(grad.dtype))
+            return Reduced(total, None, None, state, torch.isfinite(total).all())
+        bags = Bags(kernels_for(grad), state.unit, step, grad.device, state.damage)
+        total = state.workspace.take(grad.numel(), working_dtype(grad.dtype), grad.device)
+        ordered_all_reduce(x, total, bags, transport, state.clock)
+        state.damage = bags.damage()
+        return Reduced(total, None, None, state, bags.ok())
+
+    def cost(self, n: int, dtype: torch.dtype, size: int, state: State | None = None) -> Cost:
+        """Exact."""
+        if not self.native:
+            return Cost(*dense_traffic(n, working_dtype(dtype).itemsize, size))
+        if n == 0:
+            return Cost(0, 0, 0)
+        return Cost(2 * (size - 1), 2 * (size - 1), 2 * (size - 1) * n * dtype.itemsize // size)
+
+    def kept(self, n: int, size: int) -> int:
+        """All n."""
+        return n

@@ -1,0 +1,1 @@
+"""How indices and values lie on the wire."""

@@ -1,0 +1,1 @@
+"""Exchanges that several algorithms are made of."""

@@ -1,0 +1,98 @@
+"""Bags: a payload behind a 16-byte header that says what it is, whether all was finite, and what it must sum to.
+
+Header, four words: magic u8 | status u8 | unit u16, step u32, payload length in words u32, checksum u32 over
+everything else. A status bit is the OR of all its sender had seen when it sealed the bag, so the final all-gather
+tells every rank whether any rank saw an inf or NaN, without a round of its own.
+
+On CPU a damaged bag raises at once. Where the host does not wait for the device, damage becomes a bit that travels in
+all later bags and makes every step after it fail (``State.damage``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparcomm import wire
+from sparcomm.errors import DamagedBag
+from sparcomm.kernels import Kernels
+
+_STATUS = 0xFF00
+
+
+def _signed(word: int) -> int:
+    """A 32-bit word as int32 holds it."""
+    return word - (1 << 32) if word & 0x80000000 else word
+
+
+class Bags:
+    """Seals and opens the bags of one ``reduce``, collecting their status bits in ``flags`` ((1,) uint8)."""
+
+    def __init__(
+        self, kernels: Kernels, unit: int, step: int, device: torch.device, damage: Tensor | None = None
+    ) -> None:
+        self.kernels, self.device = kernels, device
+        self.flags = torch.zeros(1, dtype=torch.uint8, device=device) if damage is None else damage.clone()
+        self.unit, self.step = unit & 0xFFFF, step & 0xFFFFFFFF
+        self._first = _signed(wire.MAGIC | self.unit << 16)
+
+    def empty(self, payload_words: int, rows: int | None = None) -> Tensor:
+        """An unsealed bag (words,) int32, or ``rows`` of them (rows, words). Contents undefined."""
+        shape = (wire.HEADER_WORDS + payload_words,)
+        return torch.empty(shape if rows is None else (rows, *shape), dtype=torch.int32, device=self.device)
+
+    def seal(self, bag: Tensor) -> None:
+        """Writes the header of ``bag``, whose payload is in place, with the status seen so far."""
+        if self.device.type == "cpu":
+            first = _signed(wire.MAGIC | int(self.flags) << 8 | self.unit << 16)
+            bag[:4] = torch.tensor([first, _signed(self.step), bag.numel() - wire.HEADER_WORDS, 0], dtype=torch.int32)
+        else:
+            bag[0:1] = (self.flags.to(torch.int32) << 8) | self._first
+            bag[1] = _signed(self.step)
+            bag[2] = bag.numel() - wire.HEADER_WORDS
+        bag[3] = self.kernels.checksum(bag)
+
+    def open(self, bag: Tensor, source: int) -> Tensor:
+        """The payload of a bag from rank ``source``, a view. Takes its status into ``flags``.
+
+        Raises:
+            DamagedBag: (CPU) header, length or checksum are not those of this unit and step.
+        """
+        if self.device.type != "cpu":
+            return self._open_on_device(bag)
+        first, step, length, checksum = bag[:4].tolist()
+        got = (first & 0xFF, first >> 16 & 0xFFFF, step & 0xFFFFFFFF, length)
+        want = (wire.MAGIC, self.unit, self.step, bag.numel() - wire.HEADER_WORDS)
+        if got != want:
+            names = ("magic", "unit", "step", "length")
+            wrong = ", ".join(f"{n} {g} instead of {w}" for n, g, w in zip(names, got, want, strict=True) if g != w)
+            raise DamagedBag(f"step {self.step}, unit {self.unit}: bag from rank {source} has {wrong}")
+        if int(self.kernels.checksum(bag)) != checksum:
+            raise DamagedBag(f"step {self.step}, unit {self.unit}: bag from rank {source} fails its checksum")
+        self.flags |= first >> 8 & 0xFF
+        self.check(source)
+        return bag[wire.HEADER_WORDS :]
+
+    def _open_on_device(self, bag: Tensor) -> Tensor:
+        length = bag.numel() - wire.HEADER_WORDS
+        bad = ((bag[0:1] & ~_STATUS) != self._first) | (bag[1:2] != _signed(self.step)) | (bag[2:3] != length)
+        bad |= self.kernels.checksum(bag) != bag[3:4]
+        self.flags |= (bag[0:1] >> 8 & 0xFF).to(torch.uint8) | bad.to(torch.uint8) * wire.DAMAGED
+        return bag[wire.HEADER_WORDS :]
+
+    def check(self, source: int) -> None:
+        """Raises DamagedBag (CPU) if a decoder found what ``source`` sent impossible, or ``source`` says it had."""
+        if self.device.type == "cpu" and int(self.flags) & wire.DAMAGED:
+            raise DamagedBag(f"step {self.step}, unit {self.unit}: what rank {source} sent does not decode")
+
+    def note_nonfinite(self, x: Tensor) -> None:
+        """Sets the non-finite bit if ``x`` holds an inf or NaN."""
+        self.flags |= (~torch.isfinite(x).all()).to(torch.uint8) * wire.NONFINITE
+
+    def ok(self) -> Tensor:
+        """() bool: nothing non-finite, nothing damaged in anything seen. After an all-gather the same on all ranks."""
+        return self.flags[0] == 0
+
+    def damage(self) -> Tensor | None:
+        """What ``State.damage`` must be from now on: None on CPU, where damage has raised."""
+        return None if self.device.type == "cpu" else self.flags & wire.DAMAGED

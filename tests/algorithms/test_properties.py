@@ -1,0 +1,208 @@
+"""The laws that every algorithm in the registry keeps, in every configuration and at every number of ranks.
+
+A new algorithm file is swept by this suite without being named here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from sparcomm.algorithms import Algorithm, registry
+from sparcomm.dtypes import WIRE_DTYPES, working_dtype
+from sparcomm.errors import DamagedBag, GradientError
+from sparcomm.transport import sim
+from support.sums import Damaging, integers, normals, owed, simulate, steps, with_residual
+
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 13)
+SWEEP = [(size, case) for size in SIZES for cls in registry().values() for case in cls.cases(size)]
+FEW = [(size, cls()) for size in (1, 2, 3, 4, 7) for cls in registry().values()]
+
+
+def name_of(value: Any) -> str:
+    if not isinstance(value, Algorithm):
+        return f"p{value}" if isinstance(value, int) else str(value).removeprefix("torch.")
+    changed = [str(getattr(value, f.name)) for f in dataclasses.fields(value) if getattr(value, f.name) != f.default]
+    return "-".join([value.name, *changed])
+
+
+def sweep(pairs: list[tuple[int, Algorithm]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("size", "algorithm"), pairs, ids=name_of)
+
+
+@sweep(SWEEP)
+def test_sums_are_conserved_replicas_agree_and_traffic_is_cost(size: int, algorithm: Algorithm) -> None:
+    for n in (1, 6, 300) if size < 8 else (300,):
+        gradients = [[integers(n, rank, step) for rank in range(size)] for step in range(3)]
+        ranks = simulate(algorithm, gradients)
+        cost = algorithm.cost(n, torch.float32, size)
+        for step in range(3):
+            reduced = [done[step] for done, _, _ in ranks]
+            total = reduced[0].total
+            assert all(r.ok for r in reduced)
+            assert all(torch.equal(r.total, total) for r in reduced), "replicas differ"
+            assert int((total != 0).sum()) <= algorithm.kept(n, size)
+            booked = [t[step] for _, _, t in ranks]
+            busiest = tuple(max(getattr(t, f) for t in booked) for f in cost._fields)
+            assert busiest == tuple(cost) if algorithm.static else busiest <= tuple(cost)
+            assert sum(t.bytes_sent for t in booked) == sum(t.bytes_received for t in booked)
+            if algorithm.conserves:
+                before = [None if step == 0 else done[step - 1].residual for done, _, _ in ranks]
+                put_in = sum(with_residual(g, r) for g, r in zip(gradients[step], before, strict=True))
+                left = sum(owed(r.residual, total) for r in reduced)
+                assert torch.equal(put_in, total + left), f"mass lost at n={n}, step {step}"
+
+
+@sweep([pair for pair in SWEEP if pair[0] in (1, 3)])
+def test_repeats_agree_and_arguments_are_left_alone(size: int, algorithm: Algorithm) -> None:
+    n = 500
+    gradients = [[normals(n, rank, step) for rank in range(size)] for step in range(2)]
+    kept = [[g.clone() for g in by_rank] for by_rank in gradients]
+    first, second = simulate(algorithm, gradients), simulate(algorithm, gradients)
+    for (one, _, _), (two, _, _) in zip(first, second, strict=True):
+        for a, b in zip(one, two, strict=True):
+            assert torch.equal(a.total, b.total)
+            assert (a.residual is None and b.residual is None) or torch.equal(a.residual, b.residual)
+    assert all(torch.equal(a, b) for x, y in zip(gradients, kept, strict=True) for a, b in zip(x, y, strict=True))
+
+
+@sweep([(p, c) for p, c in SWEEP if c.conserves and getattr(c, "density", 1.0) == 1.0])
+def test_density_one_gives_the_exact_sum(size: int, algorithm: Algorithm) -> None:
+    for n in (6, 1000):
+        gradients = [[integers(n, rank, 7) for rank in range(size)]]
+        for done, _, _ in simulate(algorithm, gradients):
+            assert torch.equal(done[0].total, sum(gradients[0]))
+            assert done[0].residual is None or not done[0].residual.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=name_of)
+@sweep([(p, c) for p, c in SWEEP if p in (1, 5) and getattr(c, "density", 0.1) in (0.1, 1.0)])
+def test_every_gradient_dtype(size: int, algorithm: Algorithm, dtype: torch.dtype) -> None:
+    n = 333
+    gradients = [[integers(n, rank, step, dtype) for rank in range(size)] for step in range(2)]
+    ranks = simulate(algorithm, gradients)
+    for step in range(2):
+        reduced = [done[step] for done, _, _ in ranks]
+        total = reduced[0].total
+        assert total.dtype == working_dtype(dtype)
+        assert all(torch.equal(r.total, total) for r in reduced)
+        assert ranks[0][2][step].bytes_sent == algorithm.cost(n, dtype, size).bytes_sent
+        if algorithm.conserves:
+            before = [None if step == 0 else done[0].residual for done, _, _ in ranks]
+            put_in = sum(with_residual(g, r) for g, r in zip(gradients[step], before, strict=True))
+            assert torch.equal(put_in, total + sum(owed(r.residual, total) for r in reduced))
+
+
+@sweep([(p, c) for p, c in SWEEP if p in (2, 7) and c.conserves])
+def test_real_values_are_conserved_to_rounding(size: int, algorithm: Algorithm) -> None:
+    n = 2000
+    gradients = [[normals(n, rank, step) * 10.0 ** (rank - 3) for rank in range(size)] for step in range(4)]
+    ranks = simulate(algorithm, gradients)
+    fed = sum(g.double() for by_rank in gradients for g in by_rank)
+    delivered = sum(r.total.double() for r in ranks[0][0])
+    left = sum(owed(done[-1].residual, done[-1].total).double() for done, _, _ in ranks)
+    scale = sum(g.double().abs() for by_rank in gradients for g in by_rank)
+    assert ((fed - delivered - left).abs() <= 1e-5 * scale).all()
+
+
+@sweep([(p, c) for p, c in SWEEP if p in (1, 4, 7)])
+def test_sent_positions_are_those_whose_mass_left(size: int, algorithm: Algorithm) -> None:
+    gradients = [[normals(200, rank, 3) for rank in range(size)]]
+    for rank, (done, _, _) in enumerate(simulate(algorithm, gradients)):
+        (reduced,) = done
+        residual, mine = owed(reduced.residual, reduced.total), gradients[0][rank]
+        if reduced.sent is None:
+            assert not residual.any()
+            continue
+        assert torch.equal(reduced.sent, reduced.sent.unique())
+        kept_back = torch.ones(200, dtype=torch.bool)
+        kept_back[reduced.sent] = False
+        rounding = 0.0 if getattr(algorithm, "values", "float32") == "float32" else 0.005 * size * mine.abs().max()
+        assert (residual[reduced.sent].abs() <= rounding).all(), "sent, but still owed"
+        if size == 1:
+            assert torch.equal(residual[kept_back], mine[kept_back])
+
+
+@pytest.mark.parametrize(
+    ("where", "bad"), [("gradient", float("inf")), ("residual", float("nan")), ("sum", float("inf"))]
+)
+@sweep([(p, c) for p, c in SWEEP if p in (2, 5)])
+def test_a_non_finite_value_is_known_to_all_ranks(size: int, algorithm: Algorithm, where: str, bad: float) -> None:
+    n, culprit = 100, size // 2
+
+    def rank(transport: Any) -> bool:
+        grad, residual = normals(n, transport.rank, 1), torch.zeros(n)
+        if where == "sum":
+            grad[37] = 3e38
+        elif transport.rank == culprit:
+            (grad if where == "gradient" else residual)[37] = bad
+        state = algorithm.init(n, grad.dtype, grad.device, size)
+        reduced = algorithm.reduce(grad, residual, state, 5, transport)
+        return bool(reduced.ok and (where != "sum" or torch.isfinite(reduced.total).all()))
+
+    narrow = getattr(algorithm, "values", "float32") == "float16" and where == "sum"
+    verdicts = sim.run(size, rank).results
+    assert verdicts == ([verdicts[0]] * size if narrow else [False] * size)
+
+
+@sweep([(p, c) for p, c in SWEEP if p in (2, 3, 8) and c.checked and getattr(c, "density", 0.1) in (0.1, 1.0)])
+def test_damaged_bytes_in_any_round_are_an_error(size: int, algorithm: Algorithm) -> None:
+    n, calls = 400, 0
+    while True:
+        hits: list[bool] = []
+
+        def rank(transport: Any, at: int = calls, hits: list[bool] = hits) -> None:
+            wire = Damaging(transport, at if transport.rank == size - 1 else 10**9, seed=at)
+            try:
+                steps(algorithm, [[normals(n, r, 2) for r in range(size)]], wire)  # type: ignore[arg-type]
+            finally:
+                hits.append(wire.hit)
+
+        try:
+            sim.run(size, rank)
+        except DamagedBag:
+            calls += 1
+        else:
+            assert not any(hits), f"damage in call {calls} went unnoticed"
+            assert calls >= 1
+            return
+
+
+@sweep([(p, c) for p, c in FEW if p > 1])
+def test_a_failing_rank_ends_all_with_its_error(size: int, algorithm: Algorithm) -> None:
+    def rank(transport: Any) -> None:
+        for step in range(3):
+            if step == 1 and transport.rank == size - 1:
+                raise ZeroDivisionError("on purpose")
+            steps(algorithm, [[normals(50, r, step) for r in range(size)]], transport)
+
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        sim.run(size, rank)
+
+
+@sweep(FEW)
+def test_nothing_to_reduce(size: int, algorithm: Algorithm) -> None:
+    for done, _, traffic in simulate(algorithm, [[torch.empty(0) for _ in range(size)]]):
+        assert done[0].total.numel() == 0
+        assert done[0].ok
+        assert traffic[0].bytes_sent == 0
+    assert tuple(algorithm.cost(0, torch.float32, size)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("grad", [
+    torch.ones(4, dtype=torch.int64), torch.ones(4, dtype=torch.complex64), torch.eye(3).to_sparse(),
+    torch.ones(2, 2), torch.ones(8)[::2],
+], ids=["int64", "complex64", "sparse", "matrix", "strided"])  # fmt: skip
+@sweep([pair for pair in FEW if pair[0] == 1])
+def test_gradients_that_cannot_be_reduced(size: int, algorithm: Algorithm, grad: torch.Tensor) -> None:
+    with pytest.raises(GradientError, match=r"layout|dtype|flat"):
+        sim.run(size, lambda t: algorithm.reduce(grad, None, algorithm.init(4, torch.float32, grad.device, 1), 0, t))
+
+
+def test_registry_names_are_those_of_the_classes() -> None:
+    assert {"dense", "topk", "spardl"} <= set(registry())
+    assert all(name == cls.name and issubclass(cls, Algorithm) for name, cls in registry().items())
+    assert set(WIRE_DTYPES) == {"float32", "bfloat16", "float16"}
