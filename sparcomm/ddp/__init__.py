@@ -1,0 +1,9 @@
+"""The DDP communication hook: one line that turns a DistributedDataParallel job into one that sends less."""
+
+from __future__ import annotations
+
+from sparcomm.ddp.attach import attach
+from sparcomm.ddp.hook import hook
+from sparcomm.ddp.state import HookState
+
+__all__ = ["HookState", "attach", "hook"]

@@ -1,0 +1,63 @@
+"""What all ranks must have in common before the first byte: the configuration, and the step they stand at.
+
+On Gloo a size that differs between ranks aborts the process, so a difference has to be found before, field by field.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sparcomm import __version__
+from sparcomm.algorithms.base import Algorithm
+from sparcomm.errors import CheckpointError, ConfigMismatch
+
+# What ``compare`` and ``compare_steps`` raise: every rank finds it by itself, so nobody has to be told.
+AGREED = (ConfigMismatch, CheckpointError)
+_ABSENT = "(absent)"
+
+
+def configuration(algorithm: Algorithm, size: int, parameters: Sequence[torch.Tensor]) -> dict[str, str]:
+    """What must be equal on all ranks, as text by field. ``parameters``: those to be reduced, as far as known."""
+    dtypes = Counter(str(p.dtype).removeprefix("torch.") for p in parameters)
+    fields = {f"{algorithm.name}.{name}": repr(value) for name, value in algorithm.fields().items()}
+    return {
+        "sparcomm": __version__,
+        "world size": str(size),
+        "parameters": ", ".join(f"{count} {name}" for name, count in sorted(dtypes.items())),
+        "algorithm": algorithm.name,
+        **fields,
+    }
+
+
+def compare(configurations: Sequence[Mapping[str, str]]) -> None:
+    """Raises ConfigMismatch that names every field that differs, with the values of all ranks."""
+    names = list(dict.fromkeys(name for c in configurations for name in c))
+    lines = [_spread(name, [c.get(name, _ABSENT) for c in configurations]) for name in names]
+    differing = [line for line in lines if line]
+    if differing:
+        raise ConfigMismatch("ranks are configured differently: " + "; ".join(differing))
+
+
+def compare_steps(steps: Sequence[int]) -> None:
+    """Raises CheckpointError if ranks stand at different steps."""
+    line = _spread("step", [str(s) for s in steps])
+    if line:
+        raise CheckpointError(
+            f"ranks stand at different steps: {line}. A failed collective can leave ranks one step apart: load the "
+            f"checkpoints of one step on all ranks, of step {min(steps)} or earlier (weights, optimiser and hook)"
+        )
+
+
+def _spread(name: str, values: Sequence[Any]) -> str:
+    """``name: ranks 0, 2: a; rank 1: b``, or nothing if all are equal."""
+    by_value: dict[str, list[str]] = {}
+    for rank, value in enumerate(values):
+        by_value.setdefault(value, []).append(str(rank))
+    if len(by_value) < 2:
+        return ""
+    parts = (f"rank{'s' if len(r) > 1 else ''} {', '.join(r)}: {value}" for value, r in by_value.items())
+    return f"{name} ({'; '.join(parts)})"
