@@ -1,0 +1,121 @@
+"""The ``sparcomm`` command: which algorithms there are, and how fast the parts run here."""
+
+from __future__ import annotations
+
+import ast
+import json
+import pkgutil
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import sparcomm
+from sparcomm import bench as bench_package
+from sparcomm.algorithms import registry
+from sparcomm.algorithms.base import Algorithm
+from sparcomm.config import settings, suggestion
+from sparcomm.errors import ConfigError, SparcommError
+
+EXIT_USAGE: Final = 2
+
+app = typer.Typer(
+    name="sparcomm",
+    help="Sparse all-reduce for data-parallel PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def benches() -> list[str]:
+    """Names of the benchmarks: the modules of ``sparcomm.bench`` that define ``main``, found without an import."""
+    found: list[str] = []
+    for path in map(Path, bench_package.__path__):
+        for module in pkgutil.iter_modules([str(path)]):
+            tree = ast.parse((path / f"{module.name}.py").read_text(encoding="utf-8")) if not module.ispkg else None
+            if tree and any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
+                found.append(module.name)
+    return sorted(found)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sparcomm {sparcomm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    del version  # the callback has printed it
+
+
+@app.command("list")
+def list_(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+    """Name the algorithms with their fields, types, defaults and allowed values."""
+    found = [describe(name, cls) for name, cls in sorted(registry().items())]
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    table = Table(title="algorithms", title_justify="left")
+    for heading in ("name", "field", "type", "default", "meaning"):
+        table.add_column(heading, no_wrap=heading != "meaning")
+    for entry in found:
+        rows: list[dict[str, Any]] = entry["fields"]
+        for number, row in enumerate(rows or [{}]):
+            name = str(entry["name"]) if number == 0 else ""
+            cells = (str(row["name"]), str(row["type"]), _default(row), _meaning(row)) if row else ()
+            table.add_row(name, *map(escape, cells), end_section=number >= len(rows) - 1)
+    console = Console()
+    console.print(table)
+    for entry in found:
+        console.print(f"[bold]{entry['name']}[/bold]: {entry['doc']}", highlight=False)
+
+
+def describe(name: str, cls: type[Algorithm]) -> dict[str, Any]:
+    """What ``sparcomm list --json`` says of one algorithm."""
+    rows = [{**s._asdict(), "allowed": list(s.allowed)} for s in settings(cls)]
+    return {"name": name, "class": cls.__name__, "doc": (cls.__doc__ or "").strip().split("\n")[0], "fields": rows}
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Which benchmark; its own options follow.")] = "",
+) -> None:
+    """Run one of the benchmarks: sparcomm bench NAME [options]."""
+    known = benches()
+    if name in ("", "-h", "--help"):
+        typer.echo("usage: sparcomm bench NAME [options]; NAME is one of " + ", ".join(known))
+        return
+    if name not in known:
+        listed = ", ".join(known)
+        raise ConfigError(f"unknown benchmark {name!r}{suggestion(name, known)}: must be one of {listed}")
+    import_module(f"{bench_package.__name__}.{name}").main(context.args)
+
+
+def _default(row: dict[str, Any]) -> str:
+    return "(required)" if row["required"] else repr(row["default"])
+
+
+def _meaning(row: dict[str, Any]) -> str:
+    allowed = ", ".join(map(repr, row["allowed"]))
+    return str(row["doc"]) or (f"one of {allowed}" if allowed else "")
+
+
+def main() -> None:
+    """Entry point: an error that sparcomm raises on purpose is one line, not a traceback."""
+    try:
+        app()
+    except SparcommError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)

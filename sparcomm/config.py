@@ -1,0 +1,125 @@
+"""From a mapping (a YAML file, a command line) to an algorithm, strictly: a typing mistake never trains silently.
+
+The registry finds the classes; this file reads their fields, so a new algorithm is configurable without a line here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from sparcomm.algorithms import registry
+from sparcomm.algorithms.base import Algorithm
+from sparcomm.errors import ConfigError
+
+
+class Setting(NamedTuple):
+    """One field of an algorithm.
+
+    Attributes:
+        name: the key in a configuration.
+        type: its type, as written in Python.
+        default: its default; ``required`` says whether there is none.
+        allowed: the values it may take, where its type lists them, else empty.
+        doc: what the class's docstring says of it.
+    """
+
+    name: str
+    type: str
+    default: Any
+    required: bool
+    allowed: tuple[Any, ...]
+    doc: str
+
+
+def settings(cls: type[Algorithm]) -> list[Setting]:
+    """The settings of an algorithm, in the order of its dataclass fields."""
+    hints, docs = get_type_hints(cls), _documented(inspect.getdoc(cls) or "")
+    return [_setting(f, hints[f.name], docs.get(f.name, "")) for f in dataclasses.fields(cls) if f.init]
+
+
+def algorithm_from_config(config: Mapping[str, Any]) -> Algorithm:
+    """The algorithm that a mapping such as ``{"name": "spardl", "density": 0.01}`` describes.
+
+    Args:
+        config: ``name`` is required, every other key is a field of that algorithm. Values must have the field's
+            own type (an int serves as a float; nothing else is converted).
+
+    Raises:
+        ConfigError: not a mapping, unknown name or key, mistyped or forbidden value. The message lists what is valid.
+    """
+    given = _keys(config)
+    name = given.pop("name", None)
+    known = registry()
+    if not isinstance(name, str):
+        problem = "is missing" if name is None else f"is {name!r}"
+        raise ConfigError(f"algorithm 'name' {problem}: must be one of {_listed(known)}")
+    if name not in known:
+        raise ConfigError(f"unknown algorithm {name!r}{suggestion(name, known)}: must be one of {_listed(known)}")
+    cls = known[name]
+    fields = {s.name: s for s in settings(cls)}
+    for key in given:
+        if key not in fields:
+            near, allowed = suggestion(key, fields), _listed(fields) or "nothing"
+            raise ConfigError(f"unknown key {key!r}{near} for algorithm {name!r}: it takes {allowed}")
+    missing = [s.name for s in fields.values() if s.required and s.name not in given]
+    if missing:
+        raise ConfigError(f"algorithm {name!r} needs {_listed(missing)}")
+    hints = get_type_hints(cls)
+    return cls(**{key: _checked(name, fields[key], hints[key], value) for key, value in given.items()})
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Text such as ``" (did you mean 'spardl'?)"`` for the nearest known word, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    # Callers hand over parsed YAML, whose type is what the file says rather than what the annotation promises.
+    config_: Any = config
+    if not isinstance(config_, Mapping):
+        raise ConfigError(f"algorithm must be a mapping with a 'name', got {config!r}")
+    for key in config:
+        key_: Any = key
+        if not isinstance(key_, str):
+            raise ConfigError(f"keys of an algorithm must be text, got {key!r}")
+    return dict(config)
+
+
+def _setting(field: dataclasses.Field[Any], hint: Any, doc: str) -> Setting:
+    required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    default = None if required else field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    allowed = get_args(hint) if get_origin(hint) is Literal else ()
+    kinds = {type(value).__name__ for value in allowed}
+    text = " | ".join(sorted(kinds)) if kinds else getattr(hint, "__name__", str(hint))
+    return Setting(field.name, text, default, required, allowed or ((False, True) if hint is bool else ()), doc)
+
+
+def _documented(docstring: str) -> dict[str, str]:
+    """The entries of a docstring's ``Args:`` section."""
+    section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", docstring, re.MULTILINE)
+    entries = re.split(r"^ {4}(\w+): ", section[1], flags=re.MULTILINE)[1:] if section else []
+    return {name: " ".join(text.split()) for name, text in zip(entries[::2], entries[1::2], strict=True)}
+
+
+def _checked(name: str, setting: Setting, hint: Any, value: Any) -> Any:
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+        return adapter.validate_python(value, strict=True)
+    except ValidationError:
+        wanted = f"one of {_listed(setting.allowed)}" if setting.allowed else f"of type {setting.type}"
+        near = suggestion(value, map(str, setting.allowed)) if isinstance(value, str) else ""
+        raise ConfigError(f"{setting.name}={value!r}{near} for algorithm {name!r}: must be {wanted}") from None
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(map(repr, values))

@@ -1,0 +1,94 @@
+"""The command line: what it lists, what it starts, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import sparcomm
+from sparcomm import cli
+from sparcomm.algorithms import registry
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Runs the command in this process and returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["sparcomm", *arguments])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"sparcomm {sparcomm.__version__}\n"
+
+
+def test_list_names_every_algorithm_with_its_fields(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    assert call(monkeypatch, "list") == 0
+    shown = capsys.readouterr().out
+    for name, cls in registry().items():
+        assert name in shown
+        for field, default in cls().fields().items():
+            assert field in shown
+            assert repr(default) in shown
+
+
+def test_list_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "list", "--json") == 0
+    found = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert set(found) == set(registry())
+    fields = {field["name"]: field for field in found["spardl"]["fields"]}
+    assert fields["density"]["default"] == 0.01
+    assert fields["density"]["type"] == "float"
+    assert found["dense"]["fields"][0]["allowed"] == [False, True]
+    assert all(entry["doc"] for entry in found.values())
+
+
+def test_an_unknown_benchmark_is_one_line_that_lists_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "bench", "wiree") == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: unknown benchmark 'wiree' (did you mean 'wire'?)")
+    assert shown.err.count("\n") == 1
+
+
+def test_the_benchmarks_are_found() -> None:
+    assert {"gather", "quality", "select", "wire"} <= set(cli.benches())
+
+
+@pytest.mark.parametrize("name", cli.benches())
+def test_a_benchmark_takes_its_own_options(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "bench", name, "--help") == 0
+    assert "usage" in capsys.readouterr().out.lower()
+    assert call(monkeypatch, "bench", name, "--no-such-option") == 2
+
+
+@pytest.mark.parametrize("arguments", [["bench"], ["bench", "--help"]])
+def test_bench_alone_says_what_there_is(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, *arguments) == 0
+    assert "wire" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["list", "--nonsense"]])
+def test_wrong_use(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, *arguments) == 2
+    assert "nonsense" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "sparcomm", "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"sparcomm {sparcomm.__version__}\n")

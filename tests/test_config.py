@@ -1,0 +1,103 @@
+"""Configurations are taken as they are meant or refused with what is valid."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparcomm.algorithms import registry
+from sparcomm.algorithms.dense import Dense
+from sparcomm.algorithms.spardl import SparDL
+from sparcomm.algorithms.topk import TopKAllGather
+from sparcomm.config import algorithm_from_config, settings
+from sparcomm.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        ({"name": "dense"}, Dense()),
+        ({"name": "dense", "native": True}, Dense(native=True)),
+        ({"name": "topk", "density": 0.05}, TopKAllGather(density=0.05)),
+        ({"name": "topk", "density": 1}, TopKAllGather(density=1.0)),
+        ({"name": "spardl"}, SparDL()),
+        (
+            {"name": "spardl", "density": 0.1, "schedule": "direct", "layout": "contiguous", "values": "bfloat16"},
+            SparDL(density=0.1, schedule="direct", layout="contiguous", values="bfloat16"),
+        ),
+        ({"name": "spardl", "residuals": "local"}, SparDL(residuals="local")),
+    ],
+)
+def test_valid(config: dict[str, Any], wanted: Any) -> None:
+    assert algorithm_from_config(config) == wanted
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("name", sorted(registry()))
+def test_every_case_survives_the_round_trip(name: str, size: int) -> None:
+    for case in registry()[name].cases(size):
+        assert algorithm_from_config({"name": name, **case.fields()}) == case
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (None, ["mapping", "None"]),
+        (["dense"], ["mapping"]),
+        ("dense", ["mapping", "'dense'"]),
+        ({}, ["'name' is missing", "'dense'", "'spardl'", "'topk'"]),
+        ({"name": 3}, ["3", "'spardl'"]),
+        ({"name": "spardll"}, ["'spardll'", "did you mean 'spardl'?", "'dense'", "'topk'"]),
+        ({"name": "powersgd"}, ["'powersgd'", "'dense'", "'spardl'", "'topk'"]),
+        ({"name": "spardl", "densty": 0.1}, ["'densty'", "did you mean 'density'?", "'schedule'", "'layout'"]),
+        ({"name": "dense", "density": 0.1}, ["'density'", "'dense'", "'native'"]),
+        ({"name": "spardl", 3: 0.1}, ["3", "text"]),
+        ({"name": "spardl", "density": "0.1"}, ["density='0.1'", "float"]),
+        ({"name": "spardl", "density": True}, ["density=True", "float"]),
+        ({"name": "spardl", "density": None}, ["density=None", "float"]),
+        ({"name": "spardl", "density": 0}, ["0", "1"]),
+        ({"name": "spardl", "density": 1.5}, ["1.5"]),
+        ({"name": "spardl", "density": float("nan")}, ["nan"]),
+        ({"name": "spardl", "schedule": "logg"}, ["'logg'", "'log'", "'direct'"]),
+        ({"name": "spardl", "layout": 3}, ["layout=3"]),
+        ({"name": "spardl", "values": "float8"}, ["'float8'", "'bfloat16'"]),
+        ({"name": "dense", "native": 1}, ["native=1", "True"]),
+        ({"name": "dense", "native": "yes"}, ["native='yes'", "True"]),
+    ],
+)
+def test_invalid(config: Any, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        algorithm_from_config(config)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@given(
+    st.dictionaries(st.text(max_size=9), st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9))
+)
+def test_anything_else_is_a_config_error(config: dict[str, Any]) -> None:
+    known = {s.name for s in settings(SparDL)}
+    if not set(config) - known:
+        config["density_"] = 1
+    with pytest.raises(ConfigError):
+        algorithm_from_config({**config, "name": "spardl"})
+
+
+def test_the_mapping_is_not_modified() -> None:
+    config = {"name": "topk", "density": 0.5}
+    algorithm_from_config(config)
+    assert config == {"name": "topk", "density": 0.5}
+
+
+@pytest.mark.parametrize("name", sorted(registry()))
+def test_settings_describe_every_field(name: str) -> None:
+    cls = registry()[name]
+    found = {s.name: s for s in settings(cls)}
+    assert list(found) == [field.name for field in dataclasses.fields(cls)]
+    assert all(s.doc for s in found.values())
+    for s in found.values():
+        assert s.required or s.default == getattr(cls(), s.name)
