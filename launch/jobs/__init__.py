@@ -1,0 +1,1 @@
+"""The parts of the training jobs that launch/train.py runs."""

@@ -1,0 +1,82 @@
+"""This process among the others: where it stands, what it runs on, and how the job begins and ends."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Group(NamedTuple):
+    """Rank, number of ranks and device of this process."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of ``value`` over the ranks; collective; ``value`` is overwritten."""
+        dist.all_reduce(value)
+        return value / self.size
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of ``value`` over the ranks; collective; ``value`` is overwritten."""
+        dist.all_reduce(value)
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everyone's ``value``; collective."""
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        dist.barrier()
+
+
+@contextmanager
+def joined(timeout: float) -> Iterator[Group]:
+    """Joins the process group that the environment (torchrun's variables) describes, and leaves it again.
+
+    Ranks use NCCL with a GPU each where the host has one for each of them, else Gloo.
+    """
+    local, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= here
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    elif here > (os.cpu_count() or 1):
+        torch.set_num_threads(1)
+    backend, limit, bound = "nccl" if cuda else "gloo", timedelta(seconds=timeout), device if cuda else None
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=limit, device_id=bound)
+    else:  # started without a launcher: a group of one
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, timeout=limit, device_id=bound, store=store, rank=0, world_size=1)
+    try:
+        yield Group(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int, *more: int) -> None:
+    """Seeds torch from a hash of the numbers: (seed, rank) for dropout, (seed,) for the first weights."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *more))).encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 over the names and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,242 @@
+"""What a run is: one YAML file plus ``key=value`` overrides, strictly checked before anything is started.
+
+An unknown key, a duplicate or a value of the wrong type ends the run with the list of what is valid.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sparcomm.algorithms.base import Algorithm
+from sparcomm.config import algorithm_from_config
+from sparcomm.errors import ConfigError
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Strict(BaseModel):
+    """Base of all settings: no conversion between types, no unknown keys, no change afterwards."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class Digits(Strict):
+    """scikit-learn's 8x8 digits and a small residual network."""
+
+    name: Literal["digits"]
+    width: Positive = 32
+    blocks: Positive = 2
+    dropout: Fraction = 0.1
+
+
+class CharLM(Strict):
+    """The text of Python's standard library and a GPT-style character model."""
+
+    name: Literal["charlm"]
+    layers: Positive = 6
+    width: Positive = 128
+    heads: Positive = 4
+    context: Positive = 128
+    dropout: Fraction = 0.0
+    validation_windows: Positive = 64
+
+    @model_validator(mode="after")
+    def _divisible(self) -> CharLM:
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
+        return self
+
+
+class SGD(Strict):
+    """Stochastic gradient descent with momentum."""
+
+    name: Literal["sgd"]
+    lr: Annotated[float, Field(gt=0)]
+    momentum: Fraction = 0.9
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+
+class AdamW(Strict):
+    """Adam with decoupled weight decay."""
+
+    name: Literal["adamw"]
+    lr: Annotated[float, Field(gt=0)]
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+
+
+class Schedule(Strict):
+    """Learning rate: linear warm-up over ``warmup`` steps, then a cosine down to ``floor`` of its peak."""
+
+    warmup: Annotated[int, Field(ge=0)] = 0
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class Checkpoints(Strict):
+    """Every ``every`` steps (0: never), ``keep`` of them stay; ``resume`` continues from the newest complete one."""
+
+    every: Annotated[int, Field(ge=0)] = 0
+    keep: Positive = 2
+    resume: bool = True
+
+
+class Settings(Strict):
+    """One run. ``batch`` counts samples over all ranks; either ``epochs`` or ``steps`` says how long it is."""
+
+    task: Annotated[Digits | CharLM, Field(discriminator="name")]
+    optimizer: Annotated[SGD | AdamW, Field(discriminator="name")]
+    batch: Positive
+    epochs: Positive | None = None
+    steps: Positive | None = None
+    algorithm: dict[str, Any] | None = None
+    schedule: Schedule = Schedule()
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    evaluate_every: Annotated[int, Field(ge=0)] = 0
+    checkpoint: Checkpoints = Checkpoints()
+    bucket_mb: Annotated[float, Field(gt=0)] = 25.0
+    timeout: Annotated[float, Field(gt=0)] = 120.0
+    tensorboard: bool = False
+    output: str = ""
+
+    @field_validator("algorithm")
+    @classmethod
+    def _known(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None:
+            algorithm_from_config(value)
+        return value
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Settings:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps, and not both")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What must stay the same when a run is resumed: a step means something else otherwise."""
+        return {**self.model_dump(include={"task", "batch", "seed"}), "optimizer": self.optimizer.name}
+
+    def build_algorithm(self) -> Algorithm | None:
+        """The algorithm that carries the gradients; None leaves DDP to its own all-reduce."""
+        return None if self.algorithm is None else algorithm_from_config(self.algorithm)
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Settings:
+    """Reads a YAML file and applies overrides such as ``optimizer.lr=0.1`` (values are YAML too).
+
+    Raises:
+        ConfigError: no such file, not YAML, or any setting that is not allowed; the message lists what is.
+    """
+    if not path.is_file():
+        there = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "none"
+        raise ConfigError(f"no configuration {str(path)!r}; in that folder: {there}")
+    data = _parse(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: must be a mapping of settings, got {type(data).__name__}")
+    for override in overrides or []:
+        _override(data, override)
+    data.setdefault("output", f"runs/{path.stem}")
+    return validate(data, str(path))
+
+
+def validate(data: dict[str, Any], where: str) -> Settings:
+    """Settings from parsed YAML. Raises ConfigError, one line per mistake."""
+    try:
+        return Settings.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(dict(mistake)) for mistake in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its two traps: 1e-3 is a number, and a key written twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is written twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    """Sets one value in ``data``, making the sections on the way to it."""
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"override {text!r} must look like key=value, for example optimizer.lr=0.1")
+    *parents, last = path.split(".")
+    for part in parents:
+        section: Any = data.get(part)
+        if not isinstance(section, dict | None):
+            raise ConfigError(f"override {text!r}: {part!r} is a value and has no keys")
+        data[part] = {} if section is None else section
+        data = data[part]
+    data[last] = _parse(value, f"override {text!r}")
+
+
+def _explain(mistake: dict[str, Any]) -> str:
+    """One of pydantic's complaints with what is valid there."""
+    loc: tuple[Any, ...] = mistake["loc"]
+    # A discriminated union puts its tag into the location, which no one wrote in the file.
+    path = ".".join(str(part) for i, part in enumerate(loc) if not _is_tag(loc[:i], part))
+    context = mistake.get("ctx", {})
+    if mistake["type"] == "extra_forbidden":
+        known = sorted(_model_at(loc[:-1]).model_fields)
+        near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        return f"unknown key {path!r}{hint}; valid keys there: {', '.join(known)}"
+    if mistake["type"] == "missing":
+        return f"missing key {path!r}"
+    if mistake["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        tags = context.get("expected_tags") or ", ".join(repr(tag) for tag in _tags(_field(loc)))
+        return f"{path}.name must be one of {tags}"
+    if isinstance(context.get("error"), Exception):
+        return f"{path + ': ' if path else ''}{context['error']}"
+    return f"{path}={mistake['input']!r}: {mistake['msg'].lower()}"
+
+
+def _field(loc: tuple[Any, ...]) -> Any:
+    return Settings.model_fields[loc[0]]
+
+
+def _tags(field: Any) -> dict[str, type[BaseModel]]:
+    """The models of a discriminated union by their ``name``; empty for any other field."""
+    if getattr(field, "discriminator", None) is None:
+        return {}
+    return {get_args(model.model_fields["name"].annotation)[0]: model for model in get_args(field.annotation)}
+
+
+def _is_tag(before: tuple[Any, ...], part: Any) -> bool:
+    return len(before) == 1 and before[0] in Settings.model_fields and part in _tags(_field(before))
+
+
+def _model_at(loc: tuple[Any, ...]) -> type[BaseModel]:
+    if not loc:
+        return Settings
+    tags = _tags(_field(loc))
+    return tags[loc[1]] if tags else _field(loc).annotation

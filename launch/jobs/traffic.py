@@ -1,0 +1,80 @@
+"""How the gradients travel in a run, and how many bytes that takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import sparcomm
+from jobs.settings import Settings
+
+
+def dense_bytes(parameters: int, size: int) -> float:
+    """Bytes that each rank sends in one bandwidth-optimal float32 all-reduce: 2 (p-1)/p · 4n."""
+    return 2 * (size - 1) / size * 4 * parameters
+
+
+class Gradients:
+    """The sparcomm hook of a DDP module, or nothing where the run leaves DDP alone (``algorithm: null``)."""
+
+    def __init__(self, ddp: DistributedDataParallel, settings: Settings, size: int) -> None:
+        algorithm = settings.build_algorithm()
+        self.hook = None if algorithm is None else sparcomm.attach(ddp, algorithm, timeout=settings.timeout)
+        self.per_step = dense_bytes(trainable(ddp), size)
+        self.steps = 0  # counted over resumed parts too
+        self.before = 0.0  # bytes of the parts before this one
+
+    def step_done(self) -> None:
+        """Counts one synchronised step and raises what its hook could not raise through autograd."""
+        self.steps += 1
+        self.raise_if_failed()
+
+    def raise_if_failed(self) -> None:
+        """Raises the hook's own exception, if it has failed."""
+        if self.hook is not None:
+            self.hook.raise_if_failed()
+
+    @property
+    def bytes_sent(self) -> float:
+        """Bytes this rank has sent for gradients since the first step of the run; plain DDP's are computed."""
+        if self.hook is None:
+            return self.per_step * self.steps
+        return self.before + self.hook.traffic.bytes_sent
+
+    @property
+    def ratio(self) -> float:
+        """How many times fewer bytes than dense float32."""
+        return self.per_step * self.steps / self.bytes_sent if self.bytes_sent else 1.0
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds spent selecting, coding and on the wire since this process started."""
+        return {} if self.hook is None else dict(self.hook.stats()["seconds"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of a checkpoint."""
+        hook = None if self.hook is None else self.hook.state_dict()
+        return {"hook": hook, "steps": self.steps, "bytes_sent": self.bytes_sent}
+
+    def load_state_dict(self, saved: list[dict[str, Any]]) -> None:
+        """Takes up what ``state_dict`` gave: one entry for the same number of ranks, else all ranks' entries."""
+        hooks = [part["hook"] for part in saved]
+        if (None in hooks) != (self.hook is None):
+            there, here = ("null", "set") if None in hooks else ("set", "null")
+            raise sparcomm.CheckpointError(f"algorithm was {there} in the checkpoint's run and is {here} in this one")
+        if self.hook is not None:
+            self.hook.load_state_dict(hooks[0] if len(hooks) == 1 else hooks)
+            # The hook counts from its own start; the run's count goes on.
+            self.before = max(part["bytes_sent"] for part in saved)
+        self.steps = saved[0]["steps"]
+
+    def close(self) -> None:
+        """Ends the hook's thread and group."""
+        if self.hook is not None:
+            self.hook.close()
+
+
+def trainable(module: nn.Module) -> int:
+    """Number of elements that gradients have."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

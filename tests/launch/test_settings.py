@@ -1,0 +1,134 @@
+"""A run's settings: what the files say is taken exactly, and every mistake names what is valid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobs.settings import SGD, AdamW, CharLM, Digits, load
+from sparcomm.algorithms.spardl import SparDL
+from sparcomm.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+GOOD = """
+task: {name: digits}
+optimizer: {name: sgd, lr: 0.1}
+algorithm: {name: spardl, density: 0.02}
+batch: 64
+epochs: 2
+"""
+
+
+def write(folder: Path, text: str = GOOD) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_of_the_project_is_valid(path: Path) -> None:
+    settings = load(path)
+    assert settings.output == f"runs/{path.stem}"
+    assert settings.build_algorithm() is not None
+    assert settings.task.name == path.stem.split("-")[0]
+
+
+def test_the_configs_of_a_task_differ_in_the_algorithm_only() -> None:
+    for task in ("digits", "charlm"):
+        runs = [
+            load(path).model_dump(exclude={"algorithm", "output"}) for path in CONFIGS if path.stem.startswith(task)
+        ]
+        assert len(runs) >= 2
+        assert all(run == runs[0] for run in runs)
+
+
+def test_what_is_written_is_what_is_taken(tmp_path: Path) -> None:
+    settings = load(write(tmp_path))
+    assert isinstance(settings.task, Digits)
+    assert isinstance(settings.optimizer, SGD)
+    assert settings.build_algorithm() == SparDL(density=0.02)
+    assert (settings.batch, settings.epochs, settings.steps, settings.seed) == (64, 2, None, 0)
+
+
+def test_overrides(tmp_path: Path) -> None:
+    overrides = ["optimizer.lr=1e-3", "algorithm.density=5e-2", "steps=7", "epochs=null", "output=here",
+                 "checkpoint.every=3", "tensorboard=true"]  # fmt: skip
+    settings = load(write(tmp_path), overrides)
+    assert settings.optimizer.lr == 1e-3
+    assert settings.build_algorithm() == SparDL(density=0.05)
+    assert (settings.steps, settings.epochs, settings.output, settings.checkpoint.every) == (7, None, "here", 3)
+    assert settings.tensorboard
+
+
+def test_an_override_can_change_the_whole_section(tmp_path: Path) -> None:
+    settings = load(write(tmp_path), ["task={name: charlm, width: 64}", "optimizer={name: adamw, lr: 0.01}"])
+    assert isinstance(settings.task, CharLM)
+    assert isinstance(settings.optimizer, AdamW)
+    assert load(write(tmp_path), ["algorithm=null"]).build_algorithm() is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["batchh=3"], ["'batchh'", "did you mean 'batch'?", "optimizer", "checkpoint"]),
+        (["optimizer.lrr=0.1"], ["'optimizer.lrr'", "did you mean 'lr'?", "momentum", "nesterov"]),
+        (["task.layers=3"], ["'task.layers'", "blocks", "dropout", "width"]),
+        (["checkpoint.evry=3"], ["'checkpoint.evry'", "'every'", "keep", "resume"]),
+        (["schedule.warm=3"], ["'schedule.warm'", "warmup", "floor"]),
+        (["optimizer.name=adam"], ["optimizer.name", "'sgd'", "'adamw'"]),
+        (["task.name=mnist"], ["task.name", "'digits'", "'charlm'"]),
+        (["task={width: 3}"], ["task.name", "'digits'", "'charlm'"]),
+        (["optimizer={name: sgd}"], ["missing", "'optimizer.lr'"]),
+        (["batch=many"], ["batch='many'", "integer"]),
+        (["batch=yes"], ["batch=True", "integer"]),
+        (["batch=0"], ["batch=0", "greater than or equal to 1"]),
+        (["batch=64.0"], ["batch=64.0", "integer"]),
+        (["optimizer.lr=fast"], ["optimizer.lr='fast'", "number"]),
+        (["optimizer.lr=-1.0"], ["optimizer.lr=-1.0", "greater than 0"]),
+        (["tensorboard=1"], ["tensorboard=1", "boolean"]),
+        (["task=digits"], ["task"]),
+        (["steps=3"], ["either epochs or steps"]),
+        (["epochs=null"], ["either epochs or steps"]),
+        (["task={name: charlm, width: 130, heads: 4}"], ["width=130", "heads=4"]),
+        (["algorithm.densty=0.1"], ["'densty'", "did you mean 'density'?", "'schedule'"]),
+        (["algorithm.name=spardll"], ["'spardll'", "did you mean 'spardl'?", "'topk'"]),
+        (["algorithm.density=2.0"], ["2.0"]),
+        (["algorithm=spardl"], ["algorithm='spardl'", "dictionary"]),
+        (["batch"], ["'batch'", "key=value"]),
+        (["=3"], ["'=3'", "key=value"]),
+        (["batch.size=3"], ["'batch.size=3'", "'batch' is a value"]),
+        (["batch=[1"], ["batch=[1", "YAML"]),
+        (["batchh=1", "optimizer.lrr=1.0"], ["'batchh'", "'optimizer.lrr'"]),
+    ],
+)
+def test_mistakes(tmp_path: Path, overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path), overrides)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (GOOD + "batch: 32\n", ["'batch'", "twice"]),
+        (GOOD.replace("lr: 0.1", "lr: 0.1, lr: 0.2"), ["'lr'", "twice"]),
+        ("- a list", ["mapping", "list"]),
+        ("", ["mapping"]),
+        ("task: {", ["not valid YAML"]),
+        ("3", ["mapping", "int"]),
+        ("!!python/object/apply:os.getcwd []", ["not valid YAML"]),
+    ],
+)
+def test_files_that_are_no_settings(tmp_path: Path, text: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path, text))
+    for word in ["run.yaml", *words]:
+        assert word in str(caught.value)
+
+
+def test_a_missing_file_lists_its_neighbours(tmp_path: Path) -> None:
+    write(tmp_path)
+    with pytest.raises(ConfigError, match=r"no configuration.*: run\.yaml"):
+        load(tmp_path / "rum.yaml")
