@@ -1,4 +1,4 @@
-"""What a rank still owes (error feedback), and the scratch buffers that outlive a step."""
+"""What a rank still owes: error feedback."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from sparcomm import wire
 from sparcomm.dtypes import working_dtype
 from sparcomm.kernels import kernels_for
 from sparcomm.layout import Layout
+from sparcomm.workspace import Workspace
 
 
 def compensate(grad: Tensor, residual: Tensor | None, out: Tensor, layout: Layout, flags: Tensor) -> Tensor:
@@ -39,25 +40,3 @@ def nothing_owed(grad: Tensor, workspace: Workspace) -> Tensor | None:
     if grad.dtype == working_dtype(grad.dtype):
         return None
     return workspace.take(grad.numel(), working_dtype(grad.dtype), grad.device).zero_()
-
-
-class Workspace:
-    """A free list of large buffers, so that a steady training step allocates nothing of size n.
-
-    Whoever is done with a buffer gives it back; whoever needs one takes it, contents undefined. Never giving
-    back is correct, only slower.
-    """
-
-    def __init__(self) -> None:
-        self._free: list[Tensor] = []
-
-    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A contiguous (numel,) tensor with undefined contents that nobody else uses."""
-        for i, t in enumerate(self._free):
-            if t.numel() == numel and t.dtype == dtype and t.device == device:
-                return self._free.pop(i)
-        return torch.empty(numel, dtype=dtype, device=device)
-
-    def give(self, *buffers: Tensor | None) -> None:
-        """Returns buffers that nobody will read again; None is ignored."""
-        self._free.extend(b for b in buffers if b is not None and b.dim() == 1 and b.is_contiguous())

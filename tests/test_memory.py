@@ -1,4 +1,4 @@
-"""Error feedback's sum, and the free list of buffers."""
+"""Error feedback's sum."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from sparcomm import wire
 from sparcomm.layout import dealt
-from sparcomm.memory import Workspace, compensate, compensated
+from sparcomm.memory import compensate, compensated
 
 
 def test_compensate_adds_and_counts() -> None:
@@ -23,12 +23,3 @@ def test_compensate_adds_and_counts() -> None:
 def test_compensated_without_residual_is_the_gradient_itself() -> None:
     grad = torch.ones(3)
     assert compensated(grad, None) is grad
-
-
-def test_workspace_hands_a_buffer_to_one_taker_only() -> None:
-    space, cpu = Workspace(), torch.device("cpu")
-    first = space.take(10, torch.float32, cpu)
-    space.give(first, None, torch.ones(2, 5))
-    assert space.take(10, torch.float64, cpu).dtype == torch.float64
-    assert space.take(10, torch.float32, cpu) is first
-    assert space.take(10, torch.float32, cpu) is not first

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sparcomm.clock import Clock
 from sparcomm.dtypes import check_gradient, working_dtype
-from sparcomm.memory import Workspace
 from sparcomm.transport.base import Transport
+from sparcomm.workspace import Workspace
 
 
 class Cost(NamedTuple):
@@ -111,7 +111,9 @@ class Algorithm(ABC):
         return State()
 
     def reduce(self, grad: Tensor, residual: Tensor | None, state: State, step: int, transport: Transport) -> Reduced:
-        """Sums ``grad + residual`` over the ranks of ``transport``. Collective; its arguments are never modified.
+        """Sums ``grad + residual`` over the ranks of ``transport``. Collective.
+
+        ``grad`` and ``residual`` are never modified. Of ``state`` only the derived fields are: they belong to no step.
 
         Args:
             grad: (n,) float32, float16, bfloat16 or float64, contiguous.
@@ -139,7 +141,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     def kept(self, n: int, size: int) -> int:
-        """How many entries of ``total`` can be non-zero."""
+        """How many entries of ``total`` can be non-zero, whatever the gradient's dtype."""
 
     def fields(self) -> dict[str, Any]:
         """The configuration, by field name."""

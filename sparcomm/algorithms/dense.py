@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparcomm.algorithms.base import Algorithm, Cost, Reduced, State
-from sparcomm.collectives.bags import Bags
+from sparcomm.collectives.bags import Bags, all_finite
 from sparcomm.collectives.dense import dense_traffic, ordered_all_reduce
 from sparcomm.dtypes import working_dtype
 from sparcomm.kernels import kernels_for
@@ -50,16 +50,20 @@ class Dense(Algorithm):
         return [cls(), cls(native=True)]
 
     def _reduce(self, grad: Tensor, residual: Tensor | None, state: State, step: int, transport: Transport) -> Reduced:
-        x = compensated(grad, residual)
+        n, working, space = grad.numel(), working_dtype(grad.dtype), state.workspace
         if self.native:
-            total = x.to(grad.dtype, copy=True)
+            sent = space.take(n, grad.dtype, grad.device)
+            sent.copy_(grad if residual is None else compensated(grad, residual))
             with state.clock.span("wire"):
-                transport.all_reduce(total, native=True)
-            total = total.to(working_dtype(grad.dtype))
-            return Reduced(total, None, None, state, torch.isfinite(total).all())
+                transport.all_reduce(sent, native=True)
+            total = sent
+            if grad.dtype != working:
+                total = space.take(n, working, grad.device).copy_(sent)
+                space.give(sent)
+            return Reduced(total, None, None, state, all_finite(total))
         bags = Bags(kernels_for(grad), state.unit, step, grad.device, state.damage)
-        total = state.workspace.take(grad.numel(), working_dtype(grad.dtype), grad.device)
-        ordered_all_reduce(x, total, bags, transport, state.clock)
+        total = space.take(n, working, grad.device)
+        ordered_all_reduce(compensated(grad, residual), total, bags, transport, state.clock, space)
         state.damage = bags.damage()
         return Reduced(total, None, None, state, bags.ok())
 

@@ -138,7 +138,9 @@ class SparDL(Algorithm):
         return self._sparse_cost(n, size)
 
     def kept(self, n: int, size: int) -> int:
-        """The quota of all blocks."""
+        """The quota of all blocks, or all n where the dense all-reduce takes over."""
+        if n and self._is_dense(n, torch.float32, size):
+            return n
         return min(n, size * self.packet(n, size).k) if n else 0
 
     def _reduce(self, grad: Tensor, residual: Tensor | None, state: State, step: int, transport: Transport) -> Reduced:
@@ -146,7 +148,7 @@ class SparDL(Algorithm):
         bags = Bags(kernels_for(grad), state.unit, step, grad.device, state.damage)
         total = state.workspace.take(n, working_dtype(grad.dtype), grad.device)
         if self._is_dense(n, grad.dtype, size):
-            ordered_all_reduce(compensated(grad, residual), total, bags, transport, state.clock)
+            ordered_all_reduce(compensated(grad, residual), total, bags, transport, state.clock, state.workspace)
             state.damage = bags.damage()
             return Reduced(total, nothing_owed(grad, state.workspace), None, state, bags.ok())
         cut = state.layout if isinstance(state, SparDLState) else None

@@ -86,7 +86,7 @@ class TopKAllGather(Algorithm):
         total = state.workspace.take(n, dtype, grad.device)
         if self._is_dense(n, grad.dtype, transport.size):
             x = compensated(grad, residual)
-            ordered_all_reduce(x, total, bags, transport, state.clock)
+            ordered_all_reduce(x, total, bags, transport, state.clock, state.workspace)
             state.damage = bags.damage()
             return Reduced(total, nothing_owed(grad, state.workspace), None, state, bags.ok())
         one, packet = layout.whole(n, grad.device), self._packet(n)

@@ -13,6 +13,7 @@ from sparcomm import wire
 from sparcomm.clock import Clock
 from sparcomm.collectives.bags import Bags
 from sparcomm.transport.base import Transport
+from sparcomm.workspace import Workspace
 
 
 def log2_ceil(size: int) -> int:
@@ -28,7 +29,9 @@ def dense_traffic(n: int, itemsize: int, size: int) -> tuple[int, int, int]:
     return 1 + log2_ceil(size), size - 1 + log2_ceil(size), 2 * (size - 1) * bag
 
 
-def ordered_all_reduce(x: Tensor, out: Tensor, bags: Bags, transport: Transport, clock: Clock) -> None:
+def ordered_all_reduce(
+    x: Tensor, out: Tensor, bags: Bags, transport: Transport, clock: Clock, workspace: Workspace
+) -> None:
     """Writes into ``out`` (n,) the sum over ranks of ``x`` (n,), both float32 or float64; sets bags' non-finite bit."""
     n, size = x.numel(), transport.size
     if size == 1:
@@ -37,7 +40,9 @@ def ordered_all_reduce(x: Tensor, out: Tensor, bags: Bags, transport: Transport,
         return
     chunk = -(-n // size)
     with clock.span("code"):
-        rows = bags.empty(chunk * x.element_size() // wire.WORD, rows=size)
+        words = wire.HEADER_WORDS + chunk * x.element_size() // wire.WORD
+        buffers = [workspace.take(size * words, torch.int32, x.device) for _ in range(2)]
+        rows, arrived = (b.view(size, words) for b in buffers)
         values = _values(rows, x.dtype)
         whole = n // chunk
         values[:whole] = x[: whole * chunk].view(whole, chunk)
@@ -46,7 +51,6 @@ def ordered_all_reduce(x: Tensor, out: Tensor, bags: Bags, transport: Transport,
             values[whole, : n % chunk] = x[whole * chunk :]
         for rank in range(size):
             bags.seal(rows[rank])
-        arrived = torch.empty_like(rows)
     with clock.span("wire"):
         transport.all_to_all(arrived, rows)
     with clock.span("code"):
@@ -65,6 +69,7 @@ def ordered_all_reduce(x: Tensor, out: Tensor, bags: Bags, transport: Transport,
             bags.open(arrived[rank], rank)
             part = out[rank * chunk : (rank + 1) * chunk]
             part.copy_(total[rank, : part.numel()])
+    workspace.give(*buffers)
 
 
 def _values(rows: Tensor, dtype: torch.dtype) -> Tensor:

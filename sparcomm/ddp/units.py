@@ -19,8 +19,8 @@ from torch import Tensor
 from sparcomm.algorithms.base import Algorithm, State
 from sparcomm.dtypes import working_dtype
 from sparcomm.errors import HookError
-from sparcomm.memory import Workspace
 from sparcomm.transport.base import Traffic
+from sparcomm.workspace import Workspace
 
 
 @dataclass(eq=False)
@@ -111,6 +111,11 @@ class Partition:
             self._home[id(p)] = (unit, span)
         return unit
 
+    @property
+    def known(self) -> set[int]:
+        """Ids of the parameters that have a unit."""
+        return set(self._home)
+
     def whole(self, params: Sequence[Tensor]) -> Unit | None:
         """The unit that consists of exactly these parameters in this order, if there is one."""
         unit = self._home[id(params[0])][0] if params and id(params[0]) in self._home else None
@@ -126,7 +131,8 @@ class Partition:
             if id(p) not in self._home:
                 raise HookError(
                     f"a parameter of shape {tuple(p.shape)} belongs to no compression unit: the module's parameters "
-                    "changed after training began, or after the checkpoint was taken; make a new DDP module and attach"
+                    "changed after training began, or after the checkpoint was taken, or the HookState serves another "
+                    "DDP module too; make a new DDP module and attach"
                 )
             unit, target = self._home[id(p)]
             found.append(Piece(unit, slice(start, start + p.numel()), target))

@@ -113,6 +113,13 @@ def test_quota_is_spread_over_blocks_and_never_zero() -> None:
     assert SparDL(density=1.0).kept(1001, 4) == 1001
 
 
+def test_kept_is_all_where_dense_takes_over() -> None:
+    n, algorithm = 300, SparDL(density=0.97)
+    gradients = [[torch.ones(n) for _ in range(2)]]
+    total = simulate(algorithm, gradients)[0][0][0].total
+    assert int((total != 0).sum()) == algorithm.kept(n, 2) == n
+
+
 def test_dense_takes_over_exactly_where_it_sends_fewer_bytes() -> None:
     from sparcomm.algorithms.dense import Dense
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparcomm import wire
-from sparcomm.collectives.bags import Bags
+from sparcomm.collectives.bags import Bags, all_finite
 from sparcomm.errors import DamagedBag
 from sparcomm.kernels import reference
 
@@ -57,6 +57,19 @@ def test_status_travels_and_adds_up() -> None:
     again = Bags(reference, 0, 0, CPU)  # type: ignore[arg-type]
     again.open(sealed(healthy), 0)
     assert not again.ok()
+
+
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_one_bad_element_anywhere_is_not_finite(dtype: torch.dtype, bad: float) -> None:
+    x = torch.full((1003,), torch.finfo(dtype).max, dtype=dtype)
+    x[::2] *= -1
+    assert all_finite(x)
+    assert all_finite(x[:0])
+    for at in (0, 1, 500, 1001, 1002):
+        y = x.clone()
+        y[at] = bad
+        assert not all_finite(y)
 
 
 def test_what_does_not_decode_is_an_error() -> None:

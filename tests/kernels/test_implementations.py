@@ -169,10 +169,41 @@ def test_misuse_is_an_error_not_an_access_out_of_bounds() -> None:
         cpu.histogram(torch.ones(200)[::2], stats, layout, flags)
     with pytest.raises(SparcommError, match="must be equal"):
         cpu.subtract(torch.ones(100), torch.arange(5), torch.ones(4), layout, 0)
+    for bad in (-1, 1, 1 << 40):
+        with pytest.raises(SparcommError, match=rf"block={bad} must be in \[0, 1\)"):
+            cpu.gather(torch.ones(100), torch.arange(5), layout, bad)
+        with pytest.raises(SparcommError, match=f"block={bad}"):
+            cpu.select(torch.ones(100), 5, stats, layout, bad)
+    for wrong_stats in (stats[:, :-1], stats[:0]):
+        with pytest.raises(SparcommError, match=r"must be \(1, 2048\)"):
+            cpu.histogram(torch.ones(100), wrong_stats, layout, flags)
+        with pytest.raises(SparcommError, match=r"must be \(1, 2048\)"):
+            cpu.compensate(torch.ones(100), None, torch.ones(100), wrong_stats, layout, flags)
+        with pytest.raises(SparcommError, match=r"must be \(1, 2048\)"):
+            cpu.merge(torch.ones(100), torch.arange(5), torch.ones(5), layout, 0, wrong_stats, flags)
+    whole_list, cut_list = (Sparse(torch.arange(5), torch.ones(k), 9) for k in (5, 4))
+    for pair in ((whole_list, cut_list), (cut_list, whole_list)):
+        with pytest.raises(SparcommError, match="must be equal"):
+            cpu.merge_sum(*pair)
+    with pytest.raises(SparcommError, match="checksum of 3 words"):
+        cpu.checksum(torch.ones(3, dtype=torch.int32))
     for wrong in ([0, 0], [1, 0], [-1, 3], [3, 100]):
         for encode, size in ((cpu.elias_fano_encode, wire.elias_fano_words(2, 100)), (cpu.bitmap_encode, 4)):
             with pytest.raises(SparcommError, match="strictly increasing, from 0 to below m=100"):
                 encode(torch.tensor(wrong), 100, torch.empty(size, dtype=torch.int32))
+
+
+def test_results_lie_on_the_cpu_whatever_the_default_device_is() -> None:
+    layout, x = whole(100), data("normal", 100, torch.float32)
+    stats, flags = blank(layout)
+    words = torch.zeros(wire.elias_fano_words(3, 100), dtype=torch.int32)
+    bitmap = torch.zeros(wire.bitmap_words(100), dtype=torch.int32)
+    with torch.device("meta"):
+        cpu.histogram(x, stats, layout, flags)
+        results = [cpu.select(x, 100, stats, layout, 0), cpu.select(x, 5, stats, layout, 0)]
+        results += [cpu.elias_fano_decode(words, 3, 100, flags), cpu.bitmap_decode(bitmap, 3, 100, flags)]
+        results += [cpu.gather(x, results[1], layout, 0), cpu.checksum(x.view(torch.int32))]
+    assert {r.device.type for r in results} == {"cpu"}
 
 
 def test_compiled_kernels_go_to_a_temporary_folder_if_no_other_can_be_written(tmp_path: Path) -> None:

@@ -49,6 +49,38 @@ def simulate(algorithm: Algorithm, gradients: list[list[Tensor]]) -> list[tuple[
     return sim.run(len(gradients[0]), lambda t: steps(algorithm, gradients, t)).results
 
 
+def recycled(algorithm: Algorithm, gradients: list[list[Tensor]]) -> list[list[Reduced]]:
+    """``steps``, but every buffer is spoilt and given back as soon as it can be; copies of what came out.
+
+    Checks that neither gradients nor residuals are modified, and that later steps live on what was given back.
+    """
+
+    def rank(transport: Transport) -> list[Reduced]:
+        first = gradients[0][transport.rank]
+        state = algorithm.init(first.numel(), first.dtype, first.device, transport.size)
+        residual, done, buffers = None, [], []
+        for step, by_rank in enumerate(gradients):
+            grad = by_rank[transport.rank]
+            before = [_copy(grad), _copy(residual)]
+            reduced = algorithm.reduce(grad, residual, state, step, transport)
+            for was, now in zip(before, (grad, residual), strict=True):
+                assert was is None or (now is not None and torch.equal(was, now)), "an argument was modified"
+            done.append(reduced._replace(total=reduced.total.clone(), residual=_copy(reduced.residual)))
+            buffers += [t for t in (reduced.total, reduced.residual) if not any(t is b for b in (None, *buffers))]
+            for t in (reduced.total, residual):
+                if t is not None:
+                    state.workspace.give(t.fill_(float("nan")))
+            residual = reduced.residual
+        assert len(buffers) <= 3, "a total and two residuals are enough"
+        return done
+
+    return sim.run(len(gradients[0]), rank).results
+
+
+def _copy(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.clone()
+
+
 def with_residual(grad: Tensor, residual: Tensor | None) -> Tensor:
     """What a rank puts in: gradient + residual, in the working dtype."""
     wide = grad.to(working_dtype(grad.dtype))

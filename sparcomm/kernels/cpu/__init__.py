@@ -33,6 +33,7 @@ def compensate(
 ) -> None:
     """Writes grad + residual and its histogram."""
     _check_length(layout, grad, residual, out)
+    _check_stats(layout, stats)
     old = None if residual is None else _array(residual)
     bits = _array(out).view(_UNSIGNED[out.dtype])
     _count.tally(_array(grad), old, _array(out), bits, *_cut(layout), _array(stats), _array(flags))
@@ -41,6 +42,7 @@ def compensate(
 def histogram(x: Tensor, stats: Tensor, layout: Layout, flags: Tensor) -> None:
     """Magnitudes per block and bin."""
     _check_length(layout, x)
+    _check_stats(layout, stats)
     bits = _array(x).view(_UNSIGNED[x.dtype])
     _count.tally(None, None, _array(x), bits, *_cut(layout), _array(stats), _array(flags))
 
@@ -48,6 +50,7 @@ def histogram(x: Tensor, stats: Tensor, layout: Layout, flags: Tensor) -> None:
 def select(x: Tensor, k: int, stats: Tensor, layout: Layout, block: int) -> Tensor:
     """Local positions of the k largest magnitudes."""
     _check_length(layout, x)
+    _check_stats(layout, stats, block)
     if not 0 <= k <= layout.length:
         raise SparcommError(f"select: k={k} must be in [0, {layout.length}], the length of a block")
     slot, tile = _cut(layout)
@@ -55,7 +58,7 @@ def select(x: Tensor, k: int, stats: Tensor, layout: Layout, block: int) -> Tens
     stored = _select.stored(slot, block, tile, layout.numel)
     # Beyond its elements a block holds only padding: zeros that come after all others.
     if k == 0 or k >= stored:
-        return torch.arange(k)
+        return torch.arange(k, device="cpu")  # whatever the default device is
     index = None
     if row.sum() == stored:
         index = _select.select(_array(x).view(_SIGNED[x.dtype]), k, row, slot, block, tile)
@@ -82,8 +85,11 @@ def merge(
 ) -> None:
     """x[index] += value; moves the counts from the old bins to the new."""
     _check_pair(index, value)
-    row = None if stats is None else _array(stats)[block]
     places = _place(x, index, layout, block)
+    row = None
+    if stats is not None:
+        _check_stats(layout, stats)
+        row = _array(stats)[block]
     _sparse.merge(_array(x), _array(x).view(_UNSIGNED[x.dtype]), places, _array(value), row, _array(flags))
 
 
@@ -105,6 +111,8 @@ def scatter(out: Tensor, index: Tensor, value: Tensor, layout: Layout, block: in
 
 def merge_sum(a: Sparse, b: Sparse) -> Sparse:
     """The sum of two sparse vectors."""
+    _check_pair(a.index, a.value)
+    _check_pair(b.index, b.value)
     room = a.index.numel() + b.index.numel()
     index, value = a.index.new_empty(room), a.value.new_empty(room)
     lists = (_array(t) for t in (a.index, a.value, b.index, b.value, index, value))
@@ -123,7 +131,7 @@ def elias_fano_encode(index: Tensor, m: int, out: Tensor) -> None:
 def elias_fano_decode(words: Tensor, k: int, m: int, flags: Tensor) -> Tensor:
     """The inverse of elias_fano_encode, on any bits."""
     _check_code(words, k, m, wire.elias_fano_words(k, m))
-    out = torch.empty(k, dtype=torch.int64)
+    out = torch.empty(k, dtype=torch.int64, device="cpu")
     _code.elias_fano_decode(_words(words), k, m, wire.low_bits(k, m), _array(out), _array(flags))
     return out
 
@@ -138,7 +146,7 @@ def bitmap_encode(index: Tensor, m: int, out: Tensor) -> None:
 def bitmap_decode(words: Tensor, k: int, m: int, flags: Tensor) -> Tensor:
     """The inverse of bitmap_encode, on any bits."""
     _check_code(words, k, m, wire.bitmap_words(m))
-    out = torch.empty(k, dtype=torch.int64)
+    out = torch.empty(k, dtype=torch.int64, device="cpu")
     _code.bitmap_decode(_words(words), m, _array(out), _array(flags))
     return out
 
@@ -158,12 +166,15 @@ def widen(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def checksum(words: Tensor) -> Tensor:
     """Sum of mixed words."""
+    if words.numel() < wire.HEADER_WORDS:
+        raise SparcommError(f"checksum of {words.numel()} words: needs at least the {wire.HEADER_WORDS} of a header")
     return torch.from_numpy(np.array(_code.checksum(_words(words)), np.uint32).view(np.int32))
 
 
 def _array(tensor: Tensor) -> Any:
     """A NumPy view; bfloat16 as uint16 and float16 as int16, which NumPy or Numba cannot hold."""
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.dtype in _VIEWS:
         return tensor.view(torch.int16).numpy().view(_VIEWS[tensor.dtype])
     return tensor.numpy()
@@ -179,11 +190,12 @@ def _cut(layout: Layout) -> tuple[Any, int]:
 
 def _place(x: Tensor, index: Tensor, layout: Layout, block: int) -> Any:
     _check_length(layout, x)
+    _check_block(layout, block)
     slot, tile = _cut(layout)
     return _sparse.place(_array(index), slot, block, tile, layout.numel)
 
 
-# Compiled loops do not check bounds: these four checks are what makes every access above a safe one.
+# Compiled loops do not check bounds: these checks are what makes every access above a safe one.
 
 
 def _check_length(layout: Layout, *vectors: Tensor | None) -> None:
@@ -193,6 +205,17 @@ def _check_length(layout: Layout, *vectors: Tensor | None) -> None:
                 f"a vector of shape {tuple(vector.shape)}, stride {vector.stride()} in a layout of {layout.numel} "
                 "elements: must be flat and contiguous, of just that length"
             )
+
+
+def _check_block(layout: Layout, block: int) -> None:
+    if not 0 <= block < layout.blocks:
+        raise SparcommError(f"block={block} must be in [0, {layout.blocks})")
+
+
+def _check_stats(layout: Layout, stats: Tensor, block: int = 0) -> None:
+    _check_block(layout, block)
+    if stats.shape != (layout.blocks, wire.BINS):
+        raise SparcommError(f"statistics of shape {tuple(stats.shape)}: must be ({layout.blocks}, {wire.BINS})")
 
 
 def _check_pair(index: Tensor, value: Tensor) -> None:

@@ -16,6 +16,8 @@ NONFINITE = wire.NONFINITE
 LANES = 8
 FLUSH = 1 << 31  # elements after which uint32 counters are emptied
 
+FEW = 4096  # elements of a block up to which emptying the counters would take longer than counting
+
 STEP = 16  # elements per turn of the counting loop: a cache line of float32
 
 U = np.uint64
@@ -32,6 +34,7 @@ def tally(grad: Any, residual: Any, out: Any, bits: Any, slot: Any, tile: int, s
     rounds, blocks = slot.shape
     lanes = np.zeros(BINS * LANES, np.uint32)
     nonfinite = np.int64(0)
+    few = rounds * tile <= FEW
     for b in range(blocks):
         stats[b, :] = 0
         counted = 0
@@ -41,25 +44,36 @@ def tally(grad: Any, residual: Any, out: Any, bits: Any, slot: Any, tile: int, s
             for lo in range(start, stop, PIECE):
                 hi = min(lo + PIECE, stop)
                 ahead = next_piece(slot, r, b, tile, lo)
-                # Slices, because an index that counts from 0 is known not to be negative: no test per element.
-                if grad is None:
+                write(grad, residual, out, lo, hi)
+                if few:
+                    count_few(bits[lo:hi], stats[b])
+                elif grad is None:
                     count(bits[lo:hi], lanes, ahead, bits, bits)
                 elif residual is None:
-                    copy(grad[lo:hi], out[lo:hi])
                     count(bits[lo:hi], lanes, ahead, bits, grad)
                 else:
-                    add(grad[lo:hi], residual[lo:hi], out[lo:hi])
                     count(bits[lo:hi], lanes, ahead, grad, residual)
                 counted += hi - lo
                 if counted >= FLUSH:
                     flush(lanes, stats[b])
                     counted = 0
-        flush(lanes, stats[b])
+        if not few:
+            flush(lanes, stats[b])
         # An exponent of ones: 8 bins of float32, whose bins have 3 bits of mantissa, and 1 of float64.
         for i in range(BINS - 8 if bits.itemsize == 4 else BINS - 1, BINS):
             nonfinite += stats[b, i]
     if nonfinite:
         flags[0] |= NONFINITE
+
+
+@jit
+def write(grad: Any, residual: Any, out: Any, lo: int, hi: int) -> None:
+    """Writes grad + residual, whichever there are, to out[lo:hi]."""
+    # Slices, because an index that counts from 0 is known not to be negative: no test per element.
+    if residual is not None:
+        add(grad[lo:hi], residual[lo:hi], out[lo:hi])
+    elif grad is not None:
+        copy(grad[lo:hi], out[lo:hi])
 
 
 @jit
@@ -99,6 +113,13 @@ def count(bits: Any, lanes: Any, ahead: int, one: Any, other: Any) -> None:
                 lanes[((bits[i + j] >> U(49)) & mask) + (U(j) & U(LANES - 1))] += W(1)
     for i in range(even, bits.size):
         lanes[(U(bits[i]) >> U(17 if bits.itemsize == 4 else 49)) & mask] += W(1)
+
+
+@jit
+def count_few(bits: Any, row: Any) -> None:
+    """Adds the bins of a piece to a row of the statistics."""
+    for i in range(bits.size):
+        row[(U(bits[i]) >> U(20 if bits.itemsize == 4 else 52)) & U(BINS - 1)] += 1
 
 
 @jit
