@@ -15,7 +15,7 @@ from sparcomm import __version__
 from sparcomm.algorithms.base import Algorithm
 from sparcomm.errors import CheckpointError, ConfigMismatch
 
-# What ``compare`` and ``compare_steps`` raise: every rank finds it by itself, so nobody has to be told.
+# What ``compare`` and ``compare_standing`` raise: every rank finds it by itself, so nobody has to be told.
 AGREED = (ConfigMismatch, CheckpointError)
 _ABSENT = "(absent)"
 
@@ -42,13 +42,20 @@ def compare(configurations: Sequence[Mapping[str, str]]) -> None:
         raise ConfigMismatch("ranks are configured differently: " + "; ".join(differing))
 
 
-def compare_steps(steps: Sequence[int]) -> None:
-    """Raises CheckpointError if ranks stand at different steps."""
-    line = _spread("step", [str(s) for s in steps])
+def compare_standing(standings: Sequence[Mapping[str, str]]) -> None:
+    """Raises CheckpointError if ranks stand at different steps, or were loaded with different units."""
+    line = _spread("step", [s["step"] for s in standings])
     if line:
+        earliest = min(int(s["step"]) for s in standings)
         raise CheckpointError(
             f"ranks stand at different steps: {line}. A failed collective can leave ranks one step apart: load the "
-            f"checkpoints of one step on all ranks, of step {min(steps)} or earlier (weights, optimiser and hook)"
+            f"checkpoints of one step on all ranks, of step {earliest} or earlier (weights, optimiser and hook)"
+        )
+    line = _spread("units", [s["units"] for s in standings])
+    if line:
+        raise CheckpointError(
+            f"ranks have loaded checkpoints that cut the gradient differently: {line}. They are of different runs, or "
+            "were taken after a step that had failed: load those of one successful step of one run on all ranks"
         )
 
 

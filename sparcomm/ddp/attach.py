@@ -78,6 +78,9 @@ def _search(thing: Any, depth: int, found: dict[int, DistributedDataParallel]) -
         found.update((id(m), m) for m in inner)
     if depth and not found:
         for name in _ATTRIBUTES:
-            held = getattr(thing, name, None)
+            try:
+                held = getattr(thing, name, None)
+            except Exception:  # noqa: BLE001  a property that is not ready, as LightningModule.trainer
+                continue
             if held is not None and not isinstance(held, (str, int, float, bool)):
                 _search(held, depth - 1, found)

@@ -6,17 +6,22 @@ its own, counted in the store itself, so that the number does not depend on what
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
+import threading
 import time
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from sparcomm.errors import ConfigError, PeerError, RemoteError
+from sparcomm.errors import CommunicationError, ConfigError, PeerError, RemoteError
 
 _ERROR = "error"
 _GRACE = 2.0  # seconds within which a rank that has claimed the error has written it
+_STORE_GRACE = 5.0  # seconds after which a store that does not answer is given up
+T = TypeVar("T")
 
 
 class Board:
@@ -48,8 +53,17 @@ class Board:
 
         Raises:
             RemoteError: a rank reported an error meanwhile.
-            PeerError: not all ranks came within the timeout; names those who did not.
+            PeerError: not all ranks came within the timeout; names those who did not. Or the store does not answer.
         """
+        try:
+            return _within(self.timeout + _STORE_GRACE, lambda: self._exchange(topic, value))
+        except CommunicationError:
+            raise
+        except (RuntimeError, concurrent.futures.TimeoutError) as error:
+            why = f": {error}" if str(error) else f" within {self.timeout + _STORE_GRACE:g} s"
+            raise PeerError(f"{topic}: the store of the process group does not answer{why}") from error
+
+    def _exchange(self, topic: str, value: Any) -> list[Any]:
         self._store.set(f"{topic}/{self.rank}", json.dumps(value))
         keys = [f"{topic}/{r}" for r in range(self.size)]
         deadline, pause = time.monotonic() + self.timeout, 1e-3
@@ -75,20 +89,24 @@ class Board:
 
         That is ``error`` itself if it is the first, or if the store does not answer; else the RemoteError of the first.
         """
-        try:
-            if isinstance(error, RemoteError):
-                return error
-            if self._store.add("error-claims", 1) == 1:
-                self._store.set(_ERROR, json.dumps([self.rank, type(error).__name__, str(error)]))
-                return error
-            deadline = time.monotonic() + _GRACE
-            while (first := self.first_error()) is None and time.monotonic() < deadline:
-                time.sleep(1e-2)
-        except RuntimeError:  # the store's host is gone: then what this rank saw itself is all there is
+        if isinstance(error, RemoteError):
             return error
+        try:
+            first = _within(_STORE_GRACE, lambda: self._report(error))
+        except (RuntimeError, concurrent.futures.TimeoutError):
+            return error  # the store's host is gone or stands still: what this rank saw itself is all there is
         if first is None or first.rank == self.rank:
             return error
         first.__cause__ = error
+        return first
+
+    def _report(self, error: BaseException) -> RemoteError | None:
+        if self._store.add("error-claims", 1) == 1:
+            self._store.set(_ERROR, json.dumps([self.rank, type(error).__name__, str(error)]))
+            return None
+        deadline = time.monotonic() + _GRACE
+        while (first := self.first_error()) is None and time.monotonic() < deadline:
+            time.sleep(1e-2)
         return first
 
     def first_error(self) -> RemoteError | None:
@@ -97,3 +115,24 @@ class Board:
             return None
         rank, kind, text = cast("tuple[int, str, str]", json.loads(self._store.get(_ERROR)))
         return RemoteError(rank, kind, text)
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """``call()``, or concurrent.futures.TimeoutError after ``seconds``.
+
+    On a thread of its own: a TCPStore whose host stands still (stopped, swapping, its machine cut off) keeps every
+    call waiting, without any timeout of its own.
+    """
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001  (raised again in the caller)
+            future.set_exception(error)
+
+    try:
+        threading.Thread(target=run, name="sparcomm-store", daemon=True).start()
+    except RuntimeError:  # Python 3.12 starts no thread while the interpreter exits
+        run()
+    return future.result(seconds)

@@ -7,6 +7,7 @@ new ones by adding: new rank i takes the sum of old ranks i, i+q, i+2q, ...
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -82,6 +83,13 @@ def choose(saved: StateDict | Sequence[StateDict], rank: int, size: int) -> tupl
     if len(set(steps)) > 1:
         raise CheckpointError(f"the list mixes steps: {', '.join(f'rank {r} at {s}' for r, s in enumerate(steps))}")
     return by_rank[0], by_rank[rank::size]
+
+
+def origin(sd: StateDict) -> str:
+    """The units of a state_dict as a short text that ranks can compare."""
+    if sd["units"] is None:
+        return "none yet"
+    return f"{len(sd['units'])} units {zlib.crc32(repr(sd['units']).encode()):08x}"
 
 
 def check_fits(sd: StateDict, algorithm: Algorithm, params: Mapping[str, Tensor]) -> None:

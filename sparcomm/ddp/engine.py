@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -74,9 +76,11 @@ class Engine:
         self._open: list[Delivery] = []
         self._building: Partition | None = None
         self._source = Carried()
-        self._unverified, self._verified = True, 0
-        self._failing = threading.Lock()
+        self._unverified, self._verified, self._origin = True, 0, "none yet"
+        # Reentrant: the garbage collector may end this very hook while it is failing.
+        self._failing = threading.RLock()
         self._closed = False
+        _alive.add(self)
 
     # ---- buckets (called by DDP, in the same order on all ranks) -------------------------------------------------
 
@@ -115,7 +119,8 @@ class Engine:
     def _begin_step(self) -> None:
         if self._unverified:
             self._verified += 1
-            agreement.compare_steps(self._board.exchange(f"step, check {self._verified}", self.completed))
+            here = {"step": str(self.completed), "units": self._origin}
+            agreement.compare_standing(self._board.exchange(f"step, check {self._verified}", here))
             self._unverified = False
         if not self.partition.final:
             self._building = Partition(final=bool(self.partition.units))
@@ -145,6 +150,12 @@ class Engine:
     def _adopt(self) -> None:
         """The partition made in this step has taken over all that was committed: it becomes the partition."""
         if self._building is not None:
+            lost = (self.partition.known | self._source.residual.keys()) - self._building.known
+            if lost:
+                raise HookError(
+                    f"{len(lost)} parameters that were reduced before are in no bucket of step {self.completed}: one "
+                    "HookState serves one DDP module, whose parameters stay the same"
+                )
             self._retired = self.seconds()
             self.partition, self._building = self._building, None
             self.carried = self._source = Carried()
@@ -157,6 +168,7 @@ class Engine:
         self._skipped = self._skipped + (int(skipped) if self._on_host else skipped)
         self.completed += 1
         delivery.arrive()
+        self._open.clear()  # they hold DDP's buckets, the first of which DDP replaces after its first step
 
     def _submit(self, lane: Lane, buffer: Tensor, job: Callable[[], None]) -> None:
         ready = lane.ready(buffer)
@@ -184,11 +196,14 @@ class Engine:
         """What is committed, by parameter; views."""
         return self.partition.carry() if self.partition.units else self.carried
 
-    def replace(self, partition: Partition, carried: Carried, completed: int) -> None:
-        """Starts over from loaded state; before the next step, ranks compare ``completed``."""
+    def replace(self, partition: Partition, carried: Carried, completed: int, origin: str) -> None:
+        """Starts over from loaded state; before the next step, ranks compare ``completed`` and ``origin``.
+
+        ``origin`` stands for the units: if ranks cut their gradients differently, Gloo aborts the process.
+        """
         self._retired = self.seconds()
         self.partition, self.carried, self.completed = partition, carried, completed
-        self._unverified = True
+        self._unverified, self._origin = True, origin
 
     def seconds(self) -> dict[str, float]:
         """Host seconds by phase, of all units so far."""
@@ -261,3 +276,13 @@ def _check_bucket(buffer: Tensor, params: Sequence[Tensor]) -> None:
         raise GradientError(
             f"a bucket of {buffer.numel()} elements does not match its parameters of {[p.shape for p in params]}"
         )
+
+
+_alive: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Runs before the transports' own exit handler, since that was registered earlier: it wakes no waiting worker."""
+    for engine in list(_alive):
+        engine.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import logging
 import warnings
 import weakref
@@ -24,6 +25,7 @@ from sparcomm.ddp.units import Carried, Partition
 from sparcomm.ddp.watch import Watch
 from sparcomm.errors import CheckpointError, ConfigError, DamagedBag, NotInitializedError
 from sparcomm.transport.base import Traffic
+from sparcomm.transport.torchdist.groups import as_timedelta
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
@@ -44,7 +46,7 @@ class HookState:
         timeout: seconds (or a timedelta) after which waiting for another rank is an error.
 
     Raises:
-        ConfigError: not an Algorithm, or a timeout that is not positive.
+        ConfigError: not an Algorithm, or a timeout that is no time.
     """
 
     def __init__(
@@ -58,9 +60,7 @@ class HookState:
         if not isinstance(algorithm, Algorithm):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError(f"algorithm={algorithm!r}: must be an instance, such as sparcomm.SparDL(density=0.01)")
         self.algorithm = algorithm
-        self.timeout = timeout.total_seconds() if isinstance(timeout, dt.timedelta) else float(timeout)
-        if not self.timeout > 0:
-            raise ConfigError(f"timeout={timeout!r}: must be more than 0 seconds")
+        self.timeout = as_timedelta(timeout).total_seconds()
         self._group = process_group
         self._params: dict[str, Tensor] = {}
         self._names: dict[int, str] = {}
@@ -112,8 +112,7 @@ class HookState:
         group = self._process_group()
         try:
             self._engine = Engine(self.algorithm, group, list(self._params.values()), self.timeout)
-            # At exit too, and before the interpreter is torn down: a group that outlives it aborts the process.
-            weakref.finalize(self, self._engine.close)
+            weakref.finalize(self, self._engine.close).atexit = False  # the engine itself sees to that
             if self._loaded is not None:
                 self._install(self._loaded)
         except Exception as error:
@@ -281,7 +280,7 @@ class HookState:
                 "hook state of step %d was saved before DDP's buckets were final (step 2): what is owed is kept, but "
                 "the run will not be bit-identical to an uninterrupted one", first["step"],
             )  # fmt: skip
-        engine.replace(partition, carried, first["step"])
+        engine.replace(partition, carried, first["step"], checkpoint.origin(first))
         self._loaded = None
 
     def _started(self) -> Engine:
@@ -331,4 +330,4 @@ class HookState:
             "a pickled HookState keeps its settings, but not what each rank still owes: save state.state_dict()",
             stacklevel=2,
         )
-        return HookState, (self.algorithm,)
+        return functools.partial(HookState, timeout=self.timeout), (self.algorithm,)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparcomm.algorithms.base import Algorithm, Reduced, State
+from sparcomm.collectives.bags import all_finite
 from sparcomm.ddp.delivery import Delivery
 from sparcomm.ddp.units import Partition, Unit, field_kinds
 from sparcomm.errors import HookError
@@ -175,7 +176,7 @@ def _write_mean(reduced: Reduced, residual: Tensor | None, out: Tensor, size: in
     torch.div(total, divisor, out=out)
     if out.dtype == total.dtype:
         return ok
-    ok = ok & torch.isfinite(out).all()
+    ok = ok & all_finite(out)
     if residual is not None and keeper:
         residual.add_(total.sub_(out.to(total.dtype), alpha=size))
     out.masked_fill_(~ok, torch.nan)

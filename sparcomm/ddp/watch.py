@@ -27,7 +27,7 @@ class Watch:
         self, params: Iterable[Tensor], called: Callable[[], bool], synchronised: Callable[[], bool], remedy: str
     ) -> None:
         self._called, self._synchronised, self._remedy = called, synchronised, remedy
-        self._queued = False
+        self._queued = -1  # the backward pass that will call back; one that raises never does
         self._handles: list[RemovableHandle] = [
             p.register_post_accumulate_grad_hook(self._touched) for p in params if p.requires_grad
         ]
@@ -39,8 +39,9 @@ class Watch:
         self._handles.clear()
 
     def _touched(self, _: Tensor) -> None:
-        if not self._queued and self._handles and self._synchronised():
-            self._queued = True
+        now: int = torch._C._current_graph_task_id()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        if self._queued != now and self._handles and self._synchronised():
+            self._queued = now
             # Autograd has no public call for this; DDP itself uses the same one.
             cast(Any, torch.autograd.Variable)._execution_engine.queue_callback(self._finished)  # noqa: SLF001
 

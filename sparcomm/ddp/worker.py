@@ -14,8 +14,6 @@ Job = Callable[[], None]
 class Inline:
     """Runs every job at once, on the caller's thread: for transports that only enqueue on the device."""
 
-    busy = False
-
     def submit(self, job: Job) -> None:
         """Runs ``job``."""
         job()
@@ -37,11 +35,6 @@ class Worker:
         self._name = name
         self._queue = _Queue()
         self._thread: threading.Thread | None = None
-
-    @property
-    def busy(self) -> bool:
-        """Whether a job is running or waiting."""
-        return self._queue.unfinished > 0
 
     def submit(self, job: Job) -> None:
         """Runs ``job`` after all earlier ones. After ``stop`` it is dropped."""

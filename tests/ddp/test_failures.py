@@ -143,6 +143,70 @@ def test_processes_end_cleanly_after_success_and_after_an_error(tmp_path: Path) 
                 assert "no luck on rank 1" in process.stderr
 
 
+CUT_SHORT = """
+import os, time
+store = dist.distributed_c10d._get_default_store()
+store.set(f"pid {rank}", str(os.getpid()))
+state = sparcomm.attach(ddp := wrap(Fed()), sparcomm.Dense(), timeout=40)
+for step in range(2):
+    gradient_step(ddp, integers(SIZES, rank, step))
+if rank == 0:
+    ddp.module.p[0].register_hook(lambda g: 1 / 0)  # its bucket is the last: the others have gone to the worker
+else:
+    other, deadline = int(store.get("pid 0")), time.monotonic() + 20
+    while os.path.exists(f"/proc/{other}") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    print("rank 0 is gone" if time.monotonic() < deadline else "rank 0 still waits", flush=True)
+gradient_step(ddp, integers(SIZES, rank, 2))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_in_the_middle_of_a_step_waits_for_nobody_and_tells_the_others(tmp_path: Path) -> None:
+    first, second = run_script(CUT_SHORT, 2, tmp_path)
+    assert first.returncode == second.returncode == 1
+    assert "ZeroDivisionError" in first.stderr
+    assert "rank 0 is gone" in second.stdout
+    assert "RemoteError: rank 0 failed first with HookError: the hook was closed while" in second.stderr
+    assert "terminate called" not in first.stderr + second.stderr
+
+
+def stalled(rank: int, size: int) -> tuple[str, float]:
+    """Rank 0, which hosts the store, is stopped: no call of the store ever answers, and none has a timeout."""
+    pool_store = dist.distributed_c10d._get_default_store()
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        pool_store.set("stalled", f"{store.port} {os.getpid()}")
+    port, host = map(int, pool_store.get("stalled").split())
+    if rank != 0:
+        store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    ddp = wrap(Fed())
+    state = sparcomm.attach(ddp, SparDL(density=0.1), timeout=2)
+    for step in range(2):
+        gradient_step(ddp, integers(SIZES, rank, step))
+    dist.barrier()
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)  # until the other rank is done
+        return "", 0.0
+    start = time.monotonic()
+    try:
+        with pytest.raises(RuntimeError, match=r"sparcomm\.HookError.*PeerError.*waiting for rank 0"):
+            gradient_step(ddp, integers(SIZES, rank, 2))
+        with pytest.raises(PeerError, match=r"step 2, unit 0.*waiting for rank 0 of 2.*Timed out") as caught:
+            state.raise_if_failed()
+        return str(caught.value), time.monotonic() - start
+    finally:
+        os.kill(host, signal.SIGCONT)
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still_is_an_error_within_the_timeout_even_if_it_hosts_the_store() -> None:
+    _, (_, seconds) = spawn(2, stalled, timeout=50)
+    assert seconds < 12  # 2 of the wait, 5 of the store, and some for a busy machine
+
+
 def killed(rank: int, size: int) -> tuple[str, float]:
     ddp = wrap(Fed())
     state = sparcomm.attach(ddp, SparDL(density=0.1), timeout=TIMEOUT)
@@ -288,6 +352,31 @@ def steps_apart(rank: int, size: int) -> str:
         state.raise_if_failed()
     state.close()
     return str(caught.value)
+
+
+def units_apart(rank: int, size: int) -> str:
+    """Checkpoints of one step and of runs whose buckets differed: without a comparison, Gloo aborts the process."""
+    saved = []
+    for cap in (0.001, 0.003):
+        state = sparcomm.attach(net := wrap(Fed(), bucket_cap_mb=cap), SparDL(density=0.1), timeout=TIMEOUT)
+        for step in range(2):
+            gradient_step(net, integers(SIZES, rank, step))
+        saved.append(state.state_dict())
+        state.close()
+    assert saved[0]["units"] != saved[1]["units"]
+    state = sparcomm.attach(net := wrap(Fed()), SparDL(density=0.1), timeout=TIMEOUT)
+    state.load_state_dict(saved[rank])
+    with pytest.raises(RuntimeError, match="CheckpointError"):
+        gradient_step(net, integers(SIZES, rank, 2))
+    with pytest.raises(sparcomm.CheckpointError) as caught:
+        state.raise_if_failed()
+    state.close()
+    return str(caught.value)
+
+
+def test_ranks_with_units_of_different_runs_are_told() -> None:
+    for text in pool(2).run(units_apart):
+        assert "cut the gradient differently: units (rank 0: " in text
 
 
 def test_ranks_at_different_steps_are_told_which_checkpoint_to_load() -> None:

@@ -309,29 +309,6 @@ def test_registered_by_hand_and_named_later() -> None:
     pool(2).run(by_hand)
 
 
-def cut_short(rank: int, size: int) -> None:
-    """A backward pass that raises on every rank, before any bucket: the next step is a step like any other."""
-    ddp = wrap(Fed())
-    state = sparcomm.attach(ddp, Dense(), timeout=TIMEOUT)
-    gradient_step(ddp, integers(SIZES, rank, 0))
-    out = ddp(integers(SIZES, rank, 1))
-    handle = out.register_hook(_explode)
-    with pytest.raises(RuntimeError, match="user's own"):
-        out.backward()
-    handle.remove()
-    state.raise_if_failed()
-    assert state.step == 1
-    state.close()
-
-
-def _explode(_: Tensor) -> None:
-    raise RuntimeError("user's own")
-
-
-def test_a_backward_pass_that_raises_is_no_failure_of_the_hook() -> None:
-    pool(2).run(cut_short)
-
-
 def copied(rank: int, size: int) -> list[str]:
     """Warnings of: a watched module, its untrained copy, its trained copy, and its copy with a hook of its own."""
     import warnings

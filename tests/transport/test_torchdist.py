@@ -149,7 +149,7 @@ def test_an_uninitialised_process_says_what_to_do() -> None:
 def refusals(rank: int, size: int) -> list[str]:
     texts: list[str] = []
     for timeout in (0, timedelta(seconds=-1)):
-        with pytest.raises(ConfigError, match="must be positive"):
+        with pytest.raises(ConfigError, match="must be a timedelta or seconds"):
             TorchTransport(timeout=timeout)
     t = TorchTransport.from_group(timeout=10)
     t.links.names["cpu"] = "nccl"

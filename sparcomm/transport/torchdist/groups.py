@@ -27,6 +27,7 @@ from sparcomm.errors import ConfigError, NotInitializedError
 # Which backend can take tensors of which device type as they are. Gloo registers for CUDA but cannot send from it.
 _DIRECT = {"gloo": "cpu", "mpi": "cpu", "nccl": "cuda"}
 NEVER_SENT = 0x7FFFFFFF  # a tag that no message has
+SHORTEST, LONGEST = 0.001, 365 * 86400  # seconds: backends count whole milliseconds, and overflow at infinity
 
 
 class Links:
@@ -124,9 +125,9 @@ def quietly(call: Callable[[], object]) -> None:
         return
 
 
-def as_timedelta(timeout: timedelta | float) -> timedelta:
-    """Seconds or timedelta; raises ConfigError unless positive."""
-    value = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
-    if value <= timedelta(0):
-        raise ConfigError(f"timeout={timeout}, must be positive")
-    return value
+def as_timedelta(timeout: object) -> timedelta:
+    """Seconds or timedelta; raises ConfigError unless it is a time that every backend can count."""
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not SHORTEST <= seconds <= LONGEST:
+        raise ConfigError(f"timeout={timeout!r}: must be a timedelta or seconds, from {SHORTEST} to {LONGEST}")
+    return timedelta(seconds=seconds)
