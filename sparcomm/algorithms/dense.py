@@ -17,6 +17,7 @@ from sparcomm.algorithms.base import Algorithm, Cost, Reduced, State
 from sparcomm.collectives.bags import Bags, all_finite
 from sparcomm.collectives.dense import dense_traffic, ordered_all_reduce
 from sparcomm.dtypes import working_dtype
+from sparcomm.errors import ConfigError
 from sparcomm.kernels import kernels_for
 from sparcomm.memory import compensated
 from sparcomm.transport.base import Transport
@@ -33,6 +34,10 @@ class Dense(Algorithm):
 
     name: ClassVar[str] = "dense"
     native: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.native, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(f"native={self.native!r}: must be True or False")
 
     @property
     def conserves(self) -> bool:

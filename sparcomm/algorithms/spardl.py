@@ -34,7 +34,7 @@ from sparcomm.codecs.packet import Packet
 from sparcomm.collectives.bags import Bags
 from sparcomm.collectives.dense import dense_traffic, log2_ceil, ordered_all_reduce
 from sparcomm.density import block_quota, check_density
-from sparcomm.dtypes import wire_dtype, working_dtype
+from sparcomm.dtypes import WIRE_DTYPES, wire_dtype, working_dtype
 from sparcomm.errors import ConfigError
 from sparcomm.kernels import kernels_for
 from sparcomm.layout import LAYOUTS, SHAPES, Layout
@@ -84,7 +84,7 @@ class SparDL(Algorithm):
     schedule: str = field(default="log", metadata={"choices": SCHEDULES})
     layout: str = field(default="dealt", metadata={"choices": tuple(LAYOUTS)})
     residuals: str = field(default="global", metadata={"choices": RESIDUALS})
-    values: str = "float32"
+    values: str = field(default="float32", metadata={"choices": tuple(WIRE_DTYPES)})
 
     def __post_init__(self) -> None:
         check_density(self.density)

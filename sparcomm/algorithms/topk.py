@@ -11,7 +11,7 @@ in the residual.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -23,7 +23,7 @@ from sparcomm.codecs.packet import Packet
 from sparcomm.collectives.bags import Bags
 from sparcomm.collectives.dense import dense_traffic, log2_ceil, ordered_all_reduce
 from sparcomm.density import check_density, quota
-from sparcomm.dtypes import wire_dtype, working_dtype
+from sparcomm.dtypes import WIRE_DTYPES, wire_dtype, working_dtype
 from sparcomm.kernels import kernels_for
 from sparcomm.memory import compensate, compensated, nothing_owed
 from sparcomm.transport.base import Transport
@@ -40,7 +40,7 @@ class TopKAllGather(Algorithm):
 
     name: ClassVar[str] = "topk"
     density: float = 0.01
-    values: str = "float32"
+    values: str = field(default="float32", metadata={"choices": tuple(WIRE_DTYPES)})
 
     def __post_init__(self) -> None:
         check_density(self.density)
