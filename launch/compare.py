@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jobs.launcher import JobFailed, run
+from jobs.launcher import JobFailed, positive, run
 from jobs.paired import Interval, paired_difference
 from jobs.progress import human
 
@@ -31,15 +31,16 @@ _SHOWN = ("score", "bytes_sent", "ratio", "seconds")
 def main(argv: list[str] | None = None) -> int:
     """Runs both arms over all seeds. Returns 1 if a run failed."""
     arguments = _parser().parse_intermixed_args(argv)
-    if arguments.seeds < 2:
-        print("error: --seeds must be at least 2: one pair has no interval", file=sys.stderr)
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    if wrong := refused(seeds):
+        print(f"error: {wrong}", file=sys.stderr)
         return 2
     configs = {BASE: arguments.base, ARM: arguments.arm}
     try:
         rates = {which: tune(config, arguments) for which, config in configs.items()}
         runs: dict[str, list[dict[str, Any]]] = {BASE: [], ARM: []}
         # Alternating, so that a busy spell of the machine hits both arms alike.
-        for seed in range(arguments.seeds):
+        for seed in seeds:
             for which, config in configs.items():
                 runs[which].append(one(config, seed, rates[which], arguments))
     except JobFailed as error:
@@ -53,6 +54,15 @@ def main(argv: list[str] | None = None) -> int:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def refused(seeds: range) -> str | None:
+    """Why no comparison can use these seeds, if so."""
+    if len(seeds) < 2:
+        return "--seeds must be at least 2: one pair has no interval"
+    if seeds.start < 0 or seeds.stop > TUNING_SEED:
+        return f"--first-seed must leave all seeds between 0 and {TUNING_SEED - 1}: later ones choose learning rates"
+    return None
 
 
 def one(config: Path, seed: int, rate: float | None, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -104,10 +114,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Compare two configurations over paired seeds.")
     parser.add_argument("--base", type=Path, default=CONFIGS / "digits-dense.yaml")
     parser.add_argument("--arm", type=Path, default=CONFIGS / "digits-spardl.yaml")
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--ranks", type=positive, default=4)
+    parser.add_argument("--seeds", type=positive, default=5, help="how many pairs")
+    parser.add_argument("--first-seed", type=int, default=0, help="seeds are this one and those that follow")
     parser.add_argument("--rates", type=float, nargs="+", help="grid of learning rates that both arms choose from")
-    parser.add_argument("--tuning-seeds", type=int, default=1)
+    parser.add_argument("--tuning-seeds", type=positive, default=1)
     parser.add_argument("--output", type=Path, default=Path("runs/compare"))
     parser.add_argument("--json", type=Path, help="write all summaries and the interval here")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="given to every run")

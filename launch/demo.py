@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from jobs import report
-from jobs.launcher import JobFailed, run
+from jobs.launcher import JobFailed, positive, run
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 def main(argv: list[str] | None = None) -> int:
     """Runs both arms one after the other and prints the table. Returns 1 if one of them failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--ranks", type=positive, default=4)
     parser.add_argument("--task", default="digits", choices=("digits", "charlm"))
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="given to both runs")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts launch/train.py with torchrun on this host, or as one node of several.
+# Starts launch/train.py with torchrun on this host, or as one node of several. Ends with train.py's exit code.
 #
 #   launch/torchrun.sh RANKS --config configs/digits-spardl.yaml [key=value ...]
 #
@@ -8,6 +8,7 @@
 set -euo pipefail
 
 if [[ $# -lt 1 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: the first argument must be the number of ranks on this host, got '${1:-}'; usage:" >&2
     sed -n '4,7s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
@@ -30,4 +31,4 @@ fi
 
 # One thread a rank unless told otherwise: ranks of one host share its cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$python" -m torch.distributed.run "${meet[@]}" --nproc-per-node "$ranks" "$here/train.py" "$@"
+exec "$python" "$here/ranks.py" "${meet[@]}" --nproc-per-node "$ranks" "$here/train.py" "$@"

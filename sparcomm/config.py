@@ -10,7 +10,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -26,7 +26,7 @@ class Setting(NamedTuple):
         name: the key in a configuration.
         type: its type, as written in Python.
         default: its default; ``required`` says whether there is none.
-        allowed: the values it may take, where its type lists them, else empty.
+        allowed: the values it may take, where the field's metadata lists them as "choices" or it is a bool, else empty.
         doc: what the class's docstring says of it.
     """
 
@@ -98,10 +98,8 @@ def _setting(field: dataclasses.Field[Any], hint: Any, doc: str) -> Setting:
     default = None if required else field.default
     if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
-    allowed = get_args(hint) if get_origin(hint) is Literal else ()
-    kinds = {type(value).__name__ for value in allowed}
-    text = " | ".join(sorted(kinds)) if kinds else getattr(hint, "__name__", str(hint))
-    return Setting(field.name, text, default, required, allowed or ((False, True) if hint is bool else ()), doc)
+    allowed = tuple(field.metadata.get("choices", (False, True) if hint is bool else ()))
+    return Setting(field.name, getattr(hint, "__name__", str(hint)), default, required, allowed, doc)
 
 
 def _documented(docstring: str) -> dict[str, str]:
@@ -112,13 +110,18 @@ def _documented(docstring: str) -> dict[str, str]:
 
 
 def _checked(name: str, setting: Setting, hint: Any, value: Any) -> Any:
+    adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
     try:
-        adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-        return adapter.validate_python(value, strict=True)
+        taken = adapter.validate_python(value, strict=True)
     except ValidationError:
-        wanted = f"one of {_listed(setting.allowed)}" if setting.allowed else f"of type {setting.type}"
-        near = suggestion(value, map(str, setting.allowed)) if isinstance(value, str) else ""
-        raise ConfigError(f"{setting.name}={value!r}{near} for algorithm {name!r}: must be {wanted}") from None
+        pass
+    else:
+        if not setting.allowed or taken in setting.allowed:
+            return taken
+    example = "" if setting.required else f", such as {setting.default!r}"
+    wanted = f"one of {_listed(setting.allowed)}" if setting.allowed else f"of type {setting.type}{example}"
+    near = suggestion(value, map(str, setting.allowed)) if isinstance(value, str) else ""
+    raise ConfigError(f"{setting.name}={value!r}{near} for algorithm {name!r}: must be {wanted}")
 
 
 def _listed(values: Iterable[Any]) -> str:

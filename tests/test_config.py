@@ -56,13 +56,13 @@ def test_every_case_survives_the_round_trip(name: str, size: int) -> None:
         ({"name": "spardl", "densty": 0.1}, ["'densty'", "did you mean 'density'?", "'schedule'", "'layout'"]),
         ({"name": "dense", "density": 0.1}, ["'density'", "'dense'", "'native'"]),
         ({"name": "spardl", 3: 0.1}, ["3", "text"]),
-        ({"name": "spardl", "density": "0.1"}, ["density='0.1'", "float"]),
+        ({"name": "spardl", "density": "0.1"}, ["density='0.1'", "float", "such as 0.01"]),
         ({"name": "spardl", "density": True}, ["density=True", "float"]),
         ({"name": "spardl", "density": None}, ["density=None", "float"]),
         ({"name": "spardl", "density": 0}, ["0", "1"]),
         ({"name": "spardl", "density": 1.5}, ["1.5"]),
         ({"name": "spardl", "density": float("nan")}, ["nan"]),
-        ({"name": "spardl", "schedule": "logg"}, ["'logg'", "'log'", "'direct'"]),
+        ({"name": "spardl", "schedule": "logg"}, ["'logg'", "did you mean 'log'?", "'direct'"]),
         ({"name": "spardl", "layout": 3}, ["layout=3"]),
         ({"name": "spardl", "values": "float8"}, ["'float8'", "'bfloat16'"]),
         ({"name": "dense", "native": 1}, ["native=1", "True"]),
@@ -101,3 +101,9 @@ def test_settings_describe_every_field(name: str) -> None:
     assert all(s.doc for s in found.values())
     for s in found.values():
         assert s.required or s.default == getattr(cls(), s.name)
+
+
+def test_settings_list_the_choices() -> None:
+    allowed = {s.name: s.allowed for s in settings(SparDL)}
+    assert (allowed["schedule"], allowed["density"]) == (("log", "direct"), ())
+    assert {s.name: s.allowed for s in settings(Dense)}["native"] == (False, True)

@@ -65,15 +65,3 @@ def test_the_constraints_are_pins() -> None:
         assert re.fullmatch(r'[\w.-]+==[\w.+]+( ; python_version >= "3\.\d+")?', line), line
     names = [line.split("==")[0].lower() for line in lines]
     assert len(names) == len(set(names))
-
-
-def test_the_readme_points_at_what_exists() -> None:
-    text = (ROOT / "README.md").read_text()
-    links = re.findall(r"\]\(([^)#]+)\)", text)
-    files = re.findall(r"(?:launch|configs)/[\w.-]+\.\w+", text)
-    assert links
-    assert files
-    assert [path for path in (*links, *files) if not (ROOT / path).exists()] == []
-    targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert {"setup", "demo", "test", "check", "bench", "clean"} <= targets
-    assert set(re.findall(r"make (\w+)", text)) <= targets

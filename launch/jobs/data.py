@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,7 +100,10 @@ def charlm(context: int, validation_windows: int, root: Path | None = None) -> S
 def source_files(root: Path) -> list[Path]:
     """The Python files below ``root`` without tests and installed packages, in an order that is always the same."""
     skipped = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
-    found = (path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
+    found: list[Path] = []
+    for folder, inside, files in os.walk(root):
+        inside[:] = set(inside) - skipped
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 

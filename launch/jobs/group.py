@@ -42,6 +42,21 @@ class Group(NamedTuple):
         dist.barrier()
 
 
+def first_to_say() -> bool:
+    """Whether no other rank has asked before: what all ranks meet is to be printed once. True without torchrun.
+
+    It asks torchrun's own store, which is there before the process group is, and after it has failed.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    try:
+        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*where, is_master=False, timeout=timedelta(seconds=10))  # pyright: ignore[reportPrivateImportUsage]
+        return store.add(f"said/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    except RuntimeError:  # torchrun is gone
+        return True
+
+
 @contextmanager
 def joined(timeout: float) -> Iterator[Group]:
     """Joins the process group that the environment (torchrun's variables) describes, and leaves it again.

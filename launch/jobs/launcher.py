@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -10,7 +11,15 @@ from typing import Any
 
 from jobs import report
 
-TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+LAUNCH = Path(__file__).resolve().parent.parent
+TRAIN, RANKS = LAUNCH / "train.py", LAUNCH / "ranks.py"
+
+
+def positive(text: str) -> int:
+    """An argument that counts something: an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
 
 
 class JobFailed(Exception):
@@ -19,13 +28,13 @@ class JobFailed(Exception):
 
 def command(config: Path, ranks: int, overrides: list[str]) -> list[str]:
     """The command line of a job on this host; a single rank needs no launcher."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    torchrun = [str(RANKS), "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     return [sys.executable, *torchrun, str(TRAIN), "--config", str(config), *overrides]
 
 
 def environment() -> dict[str, str]:
     """One thread a rank, since the ranks share this host's cores."""
-    root = str(TRAIN.parent.parent)
+    root = str(LAUNCH.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "TORCH_CPP_LOG_LEVEL": "ERROR"}
 

@@ -29,6 +29,8 @@ class Display:
         """The run has ``total`` steps, ``done`` of them before this process."""
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, total=total, completed=done)
+            if done:
+                self.bar.console.print(f"resumed after step {done}/{total}", highlight=False)
 
     def show(self, record: dict[str, float], total: int) -> None:
         """Shows the record of one step."""

@@ -24,7 +24,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class Strict(BaseModel):
     """Base of all settings: no conversion between types, no unknown keys, no change afterwards."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Digits(Strict):
@@ -103,8 +103,8 @@ class Settings(Strict):
     seed: Annotated[int, Field(ge=0)] = 0
     evaluate_every: Annotated[int, Field(ge=0)] = 0
     checkpoint: Checkpoints = Checkpoints()
-    bucket_mb: Annotated[float, Field(gt=0)] = 25.0
-    timeout: Annotated[float, Field(gt=0)] = 120.0
+    bucket_mb: Annotated[float, Field(gt=0, le=1e6)] = 25.0
+    timeout: Annotated[float, Field(gt=0, le=1e6)] = 120.0
     tensorboard: bool = False
     output: str = ""
 
@@ -123,7 +123,8 @@ class Settings(Strict):
 
     def identity(self) -> dict[str, Any]:
         """What must stay the same when a run is resumed: a step means something else otherwise."""
-        return {**self.model_dump(include={"task", "batch", "seed"}), "optimizer": self.optimizer.name}
+        names = {"optimizer": self.optimizer.name, "algorithm": (self.algorithm or {}).get("name")}
+        return {**self.model_dump(include={"task", "batch", "seed"}), **names}
 
     def build_algorithm(self) -> Algorithm | None:
         """The algorithm that carries the gradients; None leaves DDP to its own all-reduce."""
@@ -137,9 +138,10 @@ def load(path: Path, overrides: list[str] | None = None) -> Settings:
         ConfigError: no such file, not YAML, or any setting that is not allowed; the message lists what is.
     """
     if not path.is_file():
-        there = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "none"
+        folder = path if path.is_dir() else path.parent
+        there = ", ".join(sorted(p.name for p in folder.glob("*.yaml"))) or "none"
         raise ConfigError(f"no configuration {str(path)!r}; in that folder: {there}")
-    data = _parse(path.read_text(encoding="utf-8"), str(path))
+    data = _parse(path.read_bytes(), str(path))
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: must be a mapping of settings, got {type(data).__name__}")
     for override in overrides or []:
@@ -177,10 +179,14 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse(text: str | bytes, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{where}: not valid YAML: {at}{error.problem}") from None
+    except yaml.YAMLError as error:  # bytes that are no text
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 

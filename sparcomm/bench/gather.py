@@ -70,7 +70,7 @@ def measure(transport: TorchTransport) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Starts the ranks, which print the table."""
-    argparse.ArgumentParser(prog="python -m sparcomm.bench.gather", description=__doc__).parse_args(argv)
+    argparse.ArgumentParser(prog="sparcomm bench gather", description=__doc__).parse_args(argv)
     run_local(RANKS, measure)
 
 

@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args(argv)
+    if args.size < 1 or args.seeds < 1:
+        parser.error("needs --size and --seeds of at least 1")
     torch.set_num_threads(1)
     table = Table(title=f"Energy captured / exact global top-k, p = {args.size}, density {args.density:g}")
     for name in ("gradient", "schedule", "dealt", "of homogeneous", "contiguous", "of homogeneous"):

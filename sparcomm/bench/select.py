@@ -101,7 +101,7 @@ def right(x: Tensor, selected: list[Tensor], layout: Layout) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(prog="python -m sparcomm.bench.select", description=__doc__)
+    parser = argparse.ArgumentParser(prog="sparcomm bench select", description=__doc__)
     parser.add_argument("--numel", type=int, default=25_000_000)
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--repeat", type=int, default=7)

@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--values", nargs="+", default=["float32", "bfloat16"])
     args = parser.parse_args(argv)
+    if min(*args.sizes, *args.numel, 1) < 1:
+        parser.error("needs --sizes and --numel of at least 1")
     torch.set_num_threads(1)
     table = Table(title=f"Traffic per rank and step at density {args.density:g}, counted")
     for name in (

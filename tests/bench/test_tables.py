@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -36,3 +38,18 @@ def test_dealt_blocks_keep_up_where_contiguous_ones_do_not() -> None:
     even = quality.captured(SparDL(), torch.ones(40_000), 8, seed=0)
     assert dealt >= 0.9 * even
     assert contiguous < 0.8 * even
+
+
+@pytest.mark.parametrize(
+    ("bench", "wrong"),
+    [
+        (wire, ["--numel", "0"]),
+        (wire, ["--sizes", "4", "0"]),
+        (quality, ["--size", "0"]),
+        (quality, ["--seeds", "0"]),
+    ],
+)
+def test_nonsense_is_refused(bench: Any, wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(wrong)
+    assert "at least 1" in capsys.readouterr().err

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +12,20 @@ import demo
 import pytest
 
 from jobs import checkpoint, report
-from jobs.launcher import TRAIN, environment
 from support.jobs_run import finish, kill_when
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.slow]
 
 SHARED = pytest.mark.xdist_group("runs")  # one worker, so that the runs they share happen once
-STEPS, EVERY, KILL_AFTER = 30, 2, 4
+RANKS, STEPS, EVERY, KILL_AFTER = 3, 20, 2, 4
 # Large enough for several buckets, so that DDP's rebuild after the first step is part of what is resumed.
 DIGITS = """
 task: {name: digits, width: 24, dropout: 0.2}
-optimizer: {name: sgd, lr: 0.05}
+optimizer: {name: sgd, lr: 0.05, momentum: 0.5}
 algorithm: {name: spardl, density: 0.01}
 schedule: {warmup: 5}
 bucket_mb: 0.3
-batch: 64
+batch: 48
 """
 
 
@@ -49,8 +46,8 @@ def digits(folder: Path, name: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(folder: Path) -> dict[str, Any]:
-    """A run of 4 ranks that nothing disturbs."""
-    done = finish(config(folder), 4, digits(folder, "whole"))
+    """A run that nothing disturbs."""
+    done = finish(config(folder), RANKS, digits(folder, "whole"))
     assert done.returncode == 0, done.stdout + done.stderr
     return report.read(folder / "whole")
 
@@ -65,18 +62,19 @@ def killed(folder: Path) -> Path:
         found = checkpoint.newest(saved)
         return found is not None and int(found.name.removeprefix("step-")) >= KILL_AFTER
 
-    kill_when(config(folder), 4, digits(folder, "killed"), reached, folder / "log")
+    kill_when(config(folder), RANKS, digits(folder, "killed"), reached, folder / "log")
     assert not (output / report.METRICS).exists(), "the run was over before it could be killed"
     return output
 
 
 @SHARED
 @pytest.mark.timeout(240)
-def test_spardl_trains_on_four_ranks(uninterrupted: dict[str, Any], folder: Path) -> None:
+def test_spardl_trains_on_several_ranks(uninterrupted: dict[str, Any], folder: Path) -> None:
     summary, history = uninterrupted["summary"], uninterrupted["history"]
-    assert (summary["steps"], summary["size"], summary["algorithm"]) == (STEPS, 4, "spardl")
+    assert (summary["steps"], summary["size"], summary["algorithm"]) == (STEPS, RANKS, "spardl")
     assert summary["identical"]
-    assert summary["train_loss"] < history[0]["loss"]
+    assert history[-1]["loss"] < 0.9 * history[0]["loss"]
+    assert summary["scores"]["accuracy"] > 0.3  # chance is 0.1
     assert summary["ratio"] > 60
     assert history[-1]["bytes_total"] == summary["bytes_sent"] == sum(record["bytes"] for record in history)
     assert (folder / "whole" / report.PLOT).read_bytes().startswith(b"\x89PNG")
@@ -89,8 +87,9 @@ def test_spardl_trains_on_four_ranks(uninterrupted: dict[str, Any], folder: Path
 def test_a_killed_run_resumes_bit_for_bit(uninterrupted: dict[str, Any], killed: Path, folder: Path) -> None:
     copy = folder / "resumed"
     shutil.copytree(killed, copy)
-    done = finish(config(folder), 4, digits(folder, "resumed"))
+    done = finish(config(folder), RANKS, digits(folder, "resumed"))
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "resumed after step" in done.stdout
     resumed = report.read(copy)
     assert resumed["summary"]["sha256"] == uninterrupted["summary"]["sha256"]
     assert resumed["summary"]["identical"]
@@ -111,68 +110,60 @@ def test_a_killed_run_resumes_on_fewer_ranks(killed: Path, folder: Path) -> None
     assert summary["identical"]
 
 
-CHARLM = """
-task: {name: charlm, layers: 1, width: 32, heads: 2, context: 32, validation_windows: 8}
-optimizer: {name: adamw, lr: 0.003}
-algorithm: {name: dense, native: true}
-clip_norm: 1.0
-batch: 8
-steps: 6
-evaluate_every: 4
-tensorboard: true
-"""
-
-
+@SHARED
 @pytest.mark.timeout(240)
-def test_charlm_trains_dense_and_writes_tensorboard_events(tmp_path: Path) -> None:
-    done = finish(config(tmp_path, CHARLM), 2, [f"output={tmp_path / 'run'}"])
-    assert done.returncode == 0, done.stdout + done.stderr
-    summary = report.read(tmp_path / "run")["summary"]
-    assert summary["identical"]
-    assert 0 < summary["scores"]["bits"] < 8
-    assert summary["ratio"] == pytest.approx(1.0, rel=0.01)
-    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
-    assert "step 4: loss" in done.stdout
-    assert "bits/char" in done.stdout
-
-
 @pytest.mark.parametrize(
-    ("overrides", "code", "words"),
+    ("ranks", "overrides", "words"),
     [
-        (["steps=2", "batch=5000"], 2, "batch=5000 is larger than the 1198 samples"),
-        (["steps=2", "batchh=64"], 2, "unknown key 'batchh' (did you mean 'batch'?)"),
-        (["steps=1"], 0, ""),
+        (2, ["batchh=64"], "unknown key 'batchh' (did you mean 'batch'?)"),
+        (1, ["seed=3"], "of another run: seed was 0 and is 3. Choose another output, or set checkpoint.resume=false"),
     ],
 )
-def test_one_process_needs_no_launcher_and_mistakes_are_one_line(
-    tmp_path: Path, overrides: list[str], code: int, words: str
+def test_a_mistake_is_one_line_of_one_rank(
+    killed: Path, folder: Path, ranks: int, overrides: list[str], words: str
 ) -> None:
-    start = [sys.executable, str(TRAIN), "--config", str(config(tmp_path)), f"output={tmp_path}", *overrides]
-    done = subprocess.run(start, env=environment(), capture_output=True, text=True, timeout=60)
-    assert done.returncode == code, done.stderr
+    done = finish(config(folder), ranks, [*digits(folder, "killed"), *overrides])
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
     assert words in done.stderr
-    assert done.stderr.count("\n") == (1 if words else 0)
-    assert (tmp_path / report.METRICS).exists() == (code == 0)
+    assert done.stderr.count("\n") == 1
+    assert not (killed / report.METRICS).exists()
+
+
+TINY_CHARLM = [
+    "task={name: charlm, layers: 1, width: 32, heads: 2, context: 32, validation_windows: 8}",
+    *("batch=8", "steps=6", "evaluate_every=4"),
+]
 
 
 @pytest.mark.timeout(240)
 def test_the_demo_puts_both_arms_side_by_side(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert demo.main(["--ranks", "2", "--output", str(tmp_path), "steps=3", "epochs=null", "task.width=8"]) == 0
+    assert (
+        demo.main(["--task", "charlm", "--ranks", "2", "--output", str(tmp_path), *TINY_CHARLM, "tensorboard=true"])
+        == 0
+    )
     shown = capfd.readouterr().out
-    assert "side by side" in shown
-    assert "times fewer bytes over the whole run" in shown
+    for text in ("side by side", "times fewer bytes over the whole run", "step 4: loss", "bits/char"):
+        assert text in shown
     assert (tmp_path / report.PLOT).exists()
-    runs = {arm: report.read(tmp_path / arm)["summary"] for arm in ("dense", "spardl")}
-    assert runs["dense"]["bytes_sent"] > 30 * runs["spardl"]["bytes_sent"] > 0
+    dense, spardl = (report.read(tmp_path / arm)["summary"] for arm in ("dense", "spardl"))
+    assert dense["bytes_sent"] > 30 * spardl["bytes_sent"] > 0
+    assert dense["ratio"] == pytest.approx(1.0, rel=0.01)
+    for arm, summary in (("dense", dense), ("spardl", spardl)):
+        assert summary["identical"]
+        assert 0 < summary["scores"]["bits"] < 8
+        assert list((tmp_path / arm / "tensorboard").glob("events.*"))
 
 
 @pytest.mark.timeout(240)
 def test_the_comparison_pairs_seeds(tmp_path: Path) -> None:
     where = ["--output", str(tmp_path), "--json", str(tmp_path / "found.json")]
-    overrides = ["steps=1", "epochs=null", "task.width=8"]
-    assert compare.main(["--seeds", "2", "--ranks", "1", *where, *overrides]) == 0
+    arms = [f"--{arm}={demo.CONFIGS}/charlm-{name}.yaml" for arm, name in (("base", "dense"), ("arm", "spardl"))]
+    assert (
+        compare.main(["--seeds", "2", "--first-seed", "7", "--ranks", "1", *where, *arms, *TINY_CHARLM, "steps=1"]) == 0
+    )
     found = json.loads((tmp_path / "found.json").read_text())
-    assert [summary["seed"] for summary in found["runs"]["arm"]] == [0, 1]
+    assert [summary["seed"] for summary in found["runs"]["arm"]] == [7, 8]
     low, mean, high = (found["difference"][key] for key in ("low", "mean", "high"))
     assert low <= mean <= high
     # One rank sends nothing, and one step from the same weights on the same batch: only the update can differ.
@@ -180,6 +171,24 @@ def test_the_comparison_pairs_seeds(tmp_path: Path) -> None:
     assert first[0] == first[1]
 
 
-def test_a_single_pair_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert compare.main(["--seeds", "1"]) == 2
-    assert "at least 2" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--seeds", "1"], "at least 2"),
+        (["--first-seed", "-1"], "between 0 and"),
+        (["--seeds", "5", "--first-seed", str(compare.TUNING_SEED - 4)], "between 0 and"),
+    ],
+)
+def test_seeds_that_cannot_be_compared_are_refused(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare.main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", [compare, demo])
+@pytest.mark.parametrize("ranks", ["0", "-1", "two"])
+def test_a_job_needs_a_rank(program: Any, ranks: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        program.main(["--ranks", ranks])
+    assert "--ranks" in capsys.readouterr().err

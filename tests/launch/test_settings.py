@@ -98,7 +98,9 @@ def test_an_override_can_change_the_whole_section(tmp_path: Path) -> None:
         (["batch"], ["'batch'", "key=value"]),
         (["=3"], ["'=3'", "key=value"]),
         (["batch.size=3"], ["'batch.size=3'", "'batch' is a value"]),
-        (["batch=[1"], ["batch=[1", "YAML"]),
+        (["batch=[1"], ["batch=[1", "YAML", "column 3"]),
+        (["bucket_mb=.inf"], ["bucket_mb=inf", "finite"]),
+        (["timeout=1e300"], ["timeout=1e+300", "1000000"]),
         (["batchh=1", "optimizer.lrr=1.0"], ["'batchh'", "'optimizer.lrr'"]),
     ],
 )
@@ -132,3 +134,18 @@ def test_a_missing_file_lists_its_neighbours(tmp_path: Path) -> None:
     write(tmp_path)
     with pytest.raises(ConfigError, match=r"no configuration.*: run\.yaml"):
         load(tmp_path / "rum.yaml")
+    with pytest.raises(ConfigError, match=r"no configuration.*: run\.yaml"):
+        load(tmp_path)
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(bytes(range(128, 256)))
+    with pytest.raises(ConfigError, match=r"run\.yaml: not valid YAML"):
+        load(tmp_path / "run.yaml")
+
+
+def test_a_run_is_the_same_as_long_as_its_length_and_rates_change_only(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    same, other = ["optimizer.lr=0.3", "epochs=9", "algorithm.density=0.5"], ["algorithm.name=topk"]
+    assert load(path, same).identity() == load(path).identity()
+    assert load(path, other).identity() != load(path).identity() != load(path, ["algorithm=null"]).identity()
