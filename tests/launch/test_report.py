@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import compare
 import pytest
 from rich.console import Console
 
@@ -118,3 +119,19 @@ def test_tensorboard_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # what an import finds without the package
     with pytest.raises(ConfigError, match=r"pip install 'sparcomm\[tensorboard\]'"), display(0, "run", tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    ("score", "by_rate", "chosen"),
+    [
+        ("accuracy", {0.1: [97.0, 98.0], 0.2: [97.6, 97.0]}, 0.1),
+        ("accuracy", {0.1: [97.0], 0.2: [97.5]}, 0.2),
+        ("accuracy", {0.1: [97.0], 0.2: [97.0]}, 0.1),
+        ("bits", {0.1: [2.0], 0.2: [1.5]}, 0.2),
+    ],
+)
+def test_a_rate_is_chosen_by_the_score_that_is_compared(
+    score: str, by_rate: dict[float, list[float]], chosen: float
+) -> None:
+    tried = {rate: [{"score": s, "scores": {score: s}} for s in scores] for rate, scores in by_rate.items()}
+    assert compare.best(tried) == chosen
