@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from sparcomm.clock import Clock
+from sparcomm.collectives.bags import Bags
+from sparcomm.collectives.dense import dense_traffic, ordered_all_reduce
 from sparcomm.dtypes import check_gradient, working_dtype
+from sparcomm.kernels import kernels_for
+from sparcomm.memory import compensated, nothing_owed
 from sparcomm.transport.base import Transport
 from sparcomm.workspace import Workspace
 
@@ -146,3 +150,54 @@ class Algorithm(ABC):
     def fields(self) -> dict[str, Any]:
         """The configuration, by field name."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+@dataclass(frozen=True)
+class SparseAlgorithm(Algorithm):
+    """Sends a part of the entries, or all of them by the dense all-reduce where that takes fewer bytes.
+
+    Which of the two is decided by n, dtype and size alone, so that all ranks decide alike.
+    """
+
+    @abstractmethod
+    def _sparse_cost(self, n: int, size: int) -> Cost:
+        """Exact cost of the sparse way, for n >= 1."""
+
+    @abstractmethod
+    def _sparse_kept(self, n: int, size: int) -> int:
+        """How many entries the sparse way can leave non-zero, for n >= 1."""
+
+    @abstractmethod
+    def _sparse_reduce(
+        self, grad: Tensor, residual: Tensor | None, state: State, total: Tensor, bags: Bags, transport: Transport
+    ) -> tuple[Tensor, Tensor | None]:
+        """Writes the sum into ``total`` (n,), whose contents are undefined; returns the new residual and ``sent``."""
+
+    def _is_dense(self, n: int, dtype: torch.dtype, size: int) -> bool:
+        return dense_traffic(n, working_dtype(dtype).itemsize, size)[2] < self._sparse_cost(n, size).bytes_sent
+
+    def cost(self, n: int, dtype: torch.dtype, size: int, state: State | None = None) -> Cost:
+        """Exact, and the same for every rank."""
+        if n == 0:
+            return Cost(0, 0, 0)
+        if self._is_dense(n, dtype, size):
+            return Cost(*dense_traffic(n, working_dtype(dtype).itemsize, size))
+        return self._sparse_cost(n, size)
+
+    def kept(self, n: int, size: int) -> int:
+        """What the sparse way keeps, or all n where the dense all-reduce takes over."""
+        if n == 0 or self._is_dense(n, torch.float32, size):
+            return n
+        return min(n, self._sparse_kept(n, size))
+
+    def _reduce(self, grad: Tensor, residual: Tensor | None, state: State, step: int, transport: Transport) -> Reduced:
+        n, space = grad.numel(), state.workspace
+        bags = Bags(kernels_for(grad), state.unit, step, grad.device, state.damage)
+        total = space.take(n, working_dtype(grad.dtype), grad.device)
+        if self._is_dense(n, grad.dtype, transport.size):
+            ordered_all_reduce(compensated(grad, residual), total, bags, transport, state.clock, space)
+            owed, sent = nothing_owed(grad, space), None
+        else:
+            owed, sent = self._sparse_reduce(grad, residual, state, total, bags, transport)
+        state.damage = bags.damage()
+        return Reduced(total, owed, sent, state, bags.ok())

@@ -29,16 +29,15 @@ import torch
 from torch import Tensor
 
 from sparcomm import wire
-from sparcomm.algorithms.base import Algorithm, Cost, Reduced, State, derived
+from sparcomm.algorithms.base import Algorithm, Cost, SparseAlgorithm, State, derived
 from sparcomm.codecs.packet import Packet
 from sparcomm.collectives.bags import Bags
-from sparcomm.collectives.dense import dense_traffic, log2_ceil, ordered_all_reduce
+from sparcomm.collectives.dense import log2_ceil
 from sparcomm.density import block_quota, check_density
 from sparcomm.dtypes import WIRE_DTYPES, wire_dtype, working_dtype
 from sparcomm.errors import ConfigError
-from sparcomm.kernels import kernels_for
 from sparcomm.layout import LAYOUTS, SHAPES, Layout
-from sparcomm.memory import compensate, compensated, nothing_owed
+from sparcomm.memory import compensate
 from sparcomm.transport.base import Transport
 
 SCHEDULES = ("log", "direct")
@@ -67,7 +66,7 @@ class SparDLState(State):
 
 
 @dataclass(frozen=True)
-class SparDL(Algorithm):
+class SparDL(SparseAlgorithm):
     """Spar-Reduce-Scatter and all-gather with global residual collection.
 
     Args:
@@ -126,31 +125,13 @@ class SparDL(Algorithm):
             rounds, messages, scatter = len(bags), len(bags), wire.WORD * sum(bags)
         return Cost(rounds + log2_ceil(size), messages + log2_ceil(size), scatter + gather)
 
-    def _is_dense(self, n: int, dtype: torch.dtype, size: int) -> bool:
-        return dense_traffic(n, working_dtype(dtype).itemsize, size)[2] < self._sparse_cost(n, size).bytes_sent
+    def _sparse_kept(self, n: int, size: int) -> int:
+        return size * self.packet(n, size).k
 
-    def cost(self, n: int, dtype: torch.dtype, size: int, state: State | None = None) -> Cost:
-        """Exact, and the same for every rank."""
-        if n == 0:
-            return Cost(0, 0, 0)
-        if self._is_dense(n, dtype, size):
-            return Cost(*dense_traffic(n, working_dtype(dtype).itemsize, size))
-        return self._sparse_cost(n, size)
-
-    def kept(self, n: int, size: int) -> int:
-        """The quota of all blocks, or all n where the dense all-reduce takes over."""
-        if n and self._is_dense(n, torch.float32, size):
-            return n
-        return min(n, size * self.packet(n, size).k) if n else 0
-
-    def _reduce(self, grad: Tensor, residual: Tensor | None, state: State, step: int, transport: Transport) -> Reduced:
+    def _sparse_reduce(
+        self, grad: Tensor, residual: Tensor | None, state: State, total: Tensor, bags: Bags, transport: Transport
+    ) -> tuple[Tensor, Tensor | None]:
         n, size = grad.numel(), transport.size
-        bags = Bags(kernels_for(grad), state.unit, step, grad.device, state.damage)
-        total = state.workspace.take(n, working_dtype(grad.dtype), grad.device)
-        if self._is_dense(n, grad.dtype, size):
-            ordered_all_reduce(compensated(grad, residual), total, bags, transport, state.clock, state.workspace)
-            state.damage = bags.damage()
-            return Reduced(total, nothing_owed(grad, state.workspace), None, state, bags.ok())
         cut = state.layout if isinstance(state, SparDLState) else None
         if cut is None or (cut.numel, cut.blocks) != (n, size):
             raise ConfigError(f"state was made for another vector or group: {n} elements over {size} ranks asked for")
@@ -161,8 +142,7 @@ class SparDL(Algorithm):
         with state.clock.span("select"):
             run.collect_residuals(final, self.residuals)
             sent = run.sent(final, self.residuals) if state.wants_sent else None
-        state.damage = bags.damage()
-        return Reduced(total, run.out, sent, state, bags.ok())
+        return run.out, sent
 
 
 class _Run:

@@ -14,23 +14,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from sparcomm import layout, wire
-from sparcomm.algorithms.base import Algorithm, Cost, Reduced, State
+from sparcomm.algorithms.base import Algorithm, Cost, SparseAlgorithm, State
 from sparcomm.codecs.packet import Packet
 from sparcomm.collectives.bags import Bags
-from sparcomm.collectives.dense import dense_traffic, log2_ceil, ordered_all_reduce
+from sparcomm.collectives.dense import log2_ceil
 from sparcomm.density import check_density, quota
-from sparcomm.dtypes import WIRE_DTYPES, wire_dtype, working_dtype
-from sparcomm.kernels import kernels_for
-from sparcomm.memory import compensate, compensated, nothing_owed
+from sparcomm.dtypes import WIRE_DTYPES, wire_dtype
+from sparcomm.memory import compensate
 from sparcomm.transport.base import Transport
 
 
 @dataclass(frozen=True)
-class TopKAllGather(Algorithm):
+class TopKAllGather(SparseAlgorithm):
     """Each rank's k largest entries by magnitude, all-gathered and summed.
 
     Args:
@@ -60,35 +58,17 @@ class TopKAllGather(Algorithm):
     def _packet(self, n: int) -> Packet:
         return Packet(quota(self.density, n), n, wire_dtype(self.values))
 
-    def _is_dense(self, n: int, dtype: torch.dtype, size: int) -> bool:
-        return dense_traffic(n, working_dtype(dtype).itemsize, size)[2] < self._sparse_cost(n, size).bytes_sent
-
     def _sparse_cost(self, n: int, size: int) -> Cost:
         bag = wire.WORD * (wire.HEADER_WORDS + self._packet(n).words)
         return Cost(log2_ceil(size), log2_ceil(size), (size - 1) * bag)
 
-    def cost(self, n: int, dtype: torch.dtype, size: int, state: State | None = None) -> Cost:
-        """Exact: the all-gather's, or the dense all-reduce's where that sends fewer bytes."""
-        if n == 0:
-            return Cost(0, 0, 0)
-        if self._is_dense(n, dtype, size):
-            return Cost(*dense_traffic(n, working_dtype(dtype).itemsize, size))
-        return self._sparse_cost(n, size)
+    def _sparse_kept(self, n: int, size: int) -> int:
+        return size * quota(self.density, n)
 
-    def kept(self, n: int, size: int) -> int:
-        """At most k of every rank."""
-        return min(n, size * quota(self.density, n)) if n else 0
-
-    def _reduce(self, grad: Tensor, residual: Tensor | None, state: State, step: int, transport: Transport) -> Reduced:
-        n, dtype = grad.numel(), working_dtype(grad.dtype)
-        kernels = kernels_for(grad)
-        bags = Bags(kernels, state.unit, step, grad.device, state.damage)
-        total = state.workspace.take(n, dtype, grad.device)
-        if self._is_dense(n, grad.dtype, transport.size):
-            x = compensated(grad, residual)
-            ordered_all_reduce(x, total, bags, transport, state.clock, state.workspace)
-            state.damage = bags.damage()
-            return Reduced(total, nothing_owed(grad, state.workspace), None, state, bags.ok())
+    def _sparse_reduce(
+        self, grad: Tensor, residual: Tensor | None, state: State, total: Tensor, bags: Bags, transport: Transport
+    ) -> tuple[Tensor, Tensor | None]:
+        n, dtype, kernels = grad.numel(), total.dtype, bags.kernels
         one, packet = layout.whole(n, grad.device), self._packet(n)
         out = state.workspace.take(n, dtype, grad.device)
         with state.clock.span("select"):
@@ -108,5 +88,4 @@ class TopKAllGather(Algorithm):
                 entries = packet.decode(bags.open(arrived[rank], rank), dtype, bags.flags, kernels)
                 bags.check(rank)
                 kernels.merge(total, *entries, one, 0, None, bags.flags)
-        state.damage = bags.damage()
-        return Reduced(total, out, index if state.wants_sent else None, state, bags.ok())
+        return out, index if state.wants_sent else None
