@@ -34,6 +34,7 @@ def elias_fano_bits(k: int, m: int, low: int) -> int:
     return k * low + k + ((m - 1) >> low)
 
 
+@functools.lru_cache(maxsize=4096)
 def elias_fano_words(k: int, m: int) -> int:
     """Words of the Elias-Fano code of k sorted distinct indices below m (low part, then high part)."""
     low = low_bits(k, m)

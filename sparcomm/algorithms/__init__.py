@@ -6,9 +6,9 @@ import importlib
 import inspect
 import pkgutil
 
-from sparcomm.algorithms.base import Algorithm, Cost, Reduced, State
+from sparcomm.algorithms.base import Algorithm, Cost, Part, Reduced, State, write_out
 
-__all__ = ["Algorithm", "Cost", "Reduced", "State", "registry"]
+__all__ = ["Algorithm", "Cost", "Part", "Reduced", "State", "registry", "write_out"]
 
 
 def registry() -> dict[str, type[Algorithm]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,6 +16,7 @@ from sparcomm.collectives.bags import Bags
 from sparcomm.collectives.dense import dense_traffic, ordered_all_reduce
 from sparcomm.dtypes import check_gradient, working_dtype
 from sparcomm.kernels import kernels_for
+from sparcomm.layout import Layout
 from sparcomm.memory import compensated, nothing_owed
 from sparcomm.transport.base import Transport
 from sparcomm.workspace import Workspace
@@ -28,22 +30,53 @@ class Cost(NamedTuple):
     bytes_sent: int
 
 
+class Part(NamedTuple):
+    """Entries of a sum that all lie in one block, as ``kernels.scatter(out, *part)`` takes them.
+
+    Attributes:
+        index: (k,) int64, strictly increasing local positions; some may be padding.
+        value: (k,) working dtype.
+        layout, block: what the positions are local to.
+    """
+
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
+    value: Tensor
+    layout: Layout
+    block: int
+
+
+def write_out(parts: Sequence[Part], out: Tensor) -> Tensor:
+    """Writes a sum given in ``parts`` to ``out`` (n,), whose dtype values are cast to: zeros elsewhere; returns it."""
+    kernels = kernels_for(out)
+    if [part.block for part in parts] == list(range(parts[0].layout.blocks if parts else -1)):
+        kernels.expand(out, [part.index for part in parts], [part.value for part in parts], parts[0].layout)
+    else:
+        out.zero_()
+        for index, value, layout, block in parts:
+            kernels.scatter(out, index, value.to(out.dtype), layout, block)
+    return out
+
+
 class Reduced(NamedTuple):
     """What ``reduce`` returns. Buffers belong to the caller, who may hand them to ``state.workspace`` when done.
 
     Attributes:
         total: (n,) working dtype: the SUM over ranks, the same bits on every rank. Undefined where ``ok`` is false.
+            None if there are ``parts`` instead.
         residual: (n,) working dtype, pending: what this rank still owes. None = nothing.
         sent: sorted int64 positions whose own mass left this rank; None = all.
         state: the pending state.
         ok: () bool, the same on all ranks: no inf or NaN in any gradient, residual or sum.
+        parts: the sum's entries, no position twice, the same bits on every rank; everywhere else the sum is zero.
+            Given instead of ``total``, and only if ``state.wants_total`` is false. Values may be changed in place.
     """
 
-    total: Tensor
+    total: Tensor | None
     residual: Tensor | None
     sent: Tensor | None
     state: State
     ok: Tensor
+    parts: Sequence[Part] | None = None
 
 
 def per_element(**kwargs: Any) -> Any:
@@ -70,6 +103,8 @@ class State:
         clock: seconds spent per phase, added to by ``reduce``.
         workspace: free buffers; give back what you are done with.
         wants_sent: whether ``Reduced.sent`` is needed; without it ``sent`` is not worked out and None.
+        wants_total: whether ``Reduced.total`` is needed; without it ``reduce`` may give ``Reduced.parts`` instead, so
+            that whoever wants the sum elsewhere, or a mean, writes all n elements only once.
         damage: on devices that the host does not wait for, a (1,) uint8 that keeps wire.DAMAGED once it was seen.
     """
 
@@ -77,6 +112,7 @@ class State:
     clock: Clock = derived(default_factory=Clock)
     workspace: Workspace = derived(default_factory=Workspace)
     wants_sent: bool = derived(default=True)
+    wants_total: bool = derived(default=True)
     damage: Tensor | None = derived(default=None)
 
 
@@ -147,9 +183,21 @@ class Algorithm(ABC):
     def kept(self, n: int, size: int) -> int:
         """How many entries of ``total`` can be non-zero, whatever the gradient's dtype."""
 
+    def delivers_all(self, n: int, dtype: torch.dtype, size: int) -> bool:
+        """Whether a ``reduce`` of n elements always gives the whole sum and leaves nothing behind."""
+        return n == 0
+
     def fields(self) -> dict[str, Any]:
         """The configuration, by field name."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+class Summed(NamedTuple):
+    """What a sparse reduce comes to: the sum, (n,) or in disjoint parts; the new residual; ``Reduced.sent``."""
+
+    total: Tensor | Sequence[Part]
+    residual: Tensor | None
+    sent: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -169,12 +217,16 @@ class SparseAlgorithm(Algorithm):
 
     @abstractmethod
     def _sparse_reduce(
-        self, grad: Tensor, residual: Tensor | None, state: State, total: Tensor, bags: Bags, transport: Transport
-    ) -> tuple[Tensor, Tensor | None]:
-        """Writes the sum into ``total`` (n,), whose contents are undefined; returns the new residual and ``sent``."""
+        self, grad: Tensor, residual: Tensor | None, state: State, bags: Bags, transport: Transport
+    ) -> Summed:
+        """The sum, the new residual and ``sent``."""
 
     def _is_dense(self, n: int, dtype: torch.dtype, size: int) -> bool:
         return dense_traffic(n, working_dtype(dtype).itemsize, size)[2] < self._sparse_cost(n, size).bytes_sent
+
+    def delivers_all(self, n: int, dtype: torch.dtype, size: int) -> bool:
+        """Where the dense all-reduce takes over."""
+        return n == 0 or self._is_dense(n, dtype, size)
 
     def cost(self, n: int, dtype: torch.dtype, size: int, state: State | None = None) -> Cost:
         """Exact, and the same for every rank."""
@@ -191,13 +243,20 @@ class SparseAlgorithm(Algorithm):
         return min(n, self._sparse_kept(n, size))
 
     def _reduce(self, grad: Tensor, residual: Tensor | None, state: State, step: int, transport: Transport) -> Reduced:
-        n, space = grad.numel(), state.workspace
+        n, dtype, space = grad.numel(), working_dtype(grad.dtype), state.workspace
         bags = Bags(kernels_for(grad), state.unit, step, grad.device, state.damage)
-        total = space.take(n, working_dtype(grad.dtype), grad.device)
         if self._is_dense(n, grad.dtype, transport.size):
+            total = space.take(n, dtype, grad.device)
             ordered_all_reduce(compensated(grad, residual), total, bags, transport, state.clock, space)
-            owed, sent = nothing_owed(grad, space), None
+            summed = Summed(total, nothing_owed(grad, space), None)
         else:
-            owed, sent = self._sparse_reduce(grad, residual, state, total, bags, transport)
+            summed = self._sparse_reduce(grad, residual, state, bags, transport)
         state.damage = bags.damage()
-        return Reduced(total, owed, sent, state, bags.ok())
+        total, owed, sent = summed
+        if isinstance(total, Tensor):
+            return Reduced(total, owed, sent, state, bags.ok())
+        if not state.wants_total:
+            return Reduced(None, owed, sent, state, bags.ok(), total)
+        with state.clock.span("code"):
+            written = write_out(total, space.take(n, dtype, grad.device))
+        return Reduced(written, owed, sent, state, bags.ok())

@@ -72,6 +72,10 @@ class Dense(Algorithm):
         state.damage = bags.damage()
         return Reduced(total, None, None, state, bags.ok())
 
+    def delivers_all(self, n: int, dtype: torch.dtype, size: int) -> bool:
+        """Always."""
+        return True
+
     def cost(self, n: int, dtype: torch.dtype, size: int, state: State | None = None) -> Cost:
         """Exact."""
         if not self.native:

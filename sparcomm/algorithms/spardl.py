@@ -15,12 +15,13 @@ Deviations, each for a reason:
 - Indices are Elias-Fano coded, values may be narrow, and the rounding error stays in the sender's residual.
 - ``schedule="direct"`` sends every block straight to its owner: no drop at intermediate ranks.
 - Where the dense all-reduce sends fewer bytes (tiny vectors, densities near 1) it is used instead.
-- Residuals are put together from one buffer: what was merged into it is undone by recomputing gradient + residual at
-  the touched positions, so the paper's second dense copy is not needed.
+- Sums under way are kept apart from gradient + residual (kernels' ``Working``), which so is the next residual already,
+  but for the positions of the final set: the paper's second dense copy is not needed.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import ClassVar
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from sparcomm import wire
-from sparcomm.algorithms.base import Algorithm, Cost, SparseAlgorithm, State, derived
+from sparcomm.algorithms.base import Algorithm, Cost, Part, SparseAlgorithm, State, Summed, derived
 from sparcomm.codecs.packet import Packet
 from sparcomm.collectives.bags import Bags
 from sparcomm.collectives.dense import log2_ceil
@@ -37,7 +38,6 @@ from sparcomm.density import block_quota, check_density
 from sparcomm.dtypes import WIRE_DTYPES, wire_dtype, working_dtype
 from sparcomm.errors import ConfigError
 from sparcomm.layout import LAYOUTS, SHAPES, Layout
-from sparcomm.memory import compensate
 from sparcomm.transport.base import Transport
 
 SCHEDULES = ("log", "direct")
@@ -111,9 +111,7 @@ class SparDL(SparseAlgorithm):
 
     def packet(self, n: int, size: int, blocks: int = 1) -> Packet:
         """How a bag of ``blocks`` blocks is coded (n elements, ``size`` ranks)."""
-        tile, rounds = SHAPES[self.layout](n, size)
-        length = tile * rounds
-        return Packet(blocks * block_quota(self.density, n, size, length), blocks * length, wire_dtype(self.values))
+        return _packet(self.density, self.layout, self.values, n, size, blocks)
 
     def _sparse_cost(self, n: int, size: int) -> Cost:
         last = wire.WORD * (wire.HEADER_WORDS + self.packet(n, size).words)
@@ -129,8 +127,8 @@ class SparDL(SparseAlgorithm):
         return size * self.packet(n, size).k
 
     def _sparse_reduce(
-        self, grad: Tensor, residual: Tensor | None, state: State, total: Tensor, bags: Bags, transport: Transport
-    ) -> tuple[Tensor, Tensor | None]:
+        self, grad: Tensor, residual: Tensor | None, state: State, bags: Bags, transport: Transport
+    ) -> Summed:
         n, size = grad.numel(), transport.size
         cut = state.layout if isinstance(state, SparDLState) else None
         if cut is None or (cut.numel, cut.blocks) != (n, size):
@@ -138,28 +136,37 @@ class SparDL(SparseAlgorithm):
         run = _Run(self, grad, residual, state, bags, transport, cut)
         if size > 1:
             run.scatter_log() if self.schedule == "log" else run.scatter_direct()
-        final = run.gather(total)
+        parts = run.gather()
+        final = [part.index for part in parts]
         with state.clock.span("select"):
             run.collect_residuals(final, self.residuals)
             sent = run.sent(final, self.residuals) if state.wants_sent else None
-        return run.out, sent
+        return Summed(parts, run.out, sent)
+
+
+@functools.lru_cache(maxsize=4096)
+def _packet(density: float, layout: str, values: str, n: int, size: int, blocks: int) -> Packet:
+    """Made once: a step asks for it dozens of times."""
+    tile, rounds = SHAPES[layout](n, size)
+    length = tile * rounds
+    return Packet(blocks * block_quota(density, n, size, length), blocks * length, wire_dtype(values))
 
 
 class _Run:
-    """One ``reduce`` under way: the working vector ``out``, what was merged into each block, what was chosen."""
+    """One ``reduce`` under way: the sums, what was chosen of each block, and the next residual, ``out``."""
 
     def __init__(
         self, algorithm: SparDL, grad: Tensor, residual: Tensor | None, state: State, bags: Bags, transport: Transport,
         cut: Layout,
     ) -> None:  # fmt: skip
-        self.algorithm, self.grad, self.residual, self.cut = algorithm, grad, residual, cut
+        self.algorithm, self.cut = algorithm, cut
         self.bags, self.transport, self.clock, self.kernels = bags, transport, state.clock, bags.kernels
-        self.merged: list[list[Tensor]] = [[] for _ in range(cut.blocks)]
         self.chosen: list[Tensor | None] = [None] * cut.blocks
         self.dtype = working_dtype(grad.dtype)
         self.out = state.workspace.take(grad.numel(), self.dtype, grad.device)
         with self.clock.span("select"):
-            self.stats = compensate(grad, residual, self.out, cut, bags.flags)
+            share = self.packet(1).k
+            self.work = self.kernels.compensate(grad, residual, self.out, cut, share, bags.flags)
 
     def packet(self, blocks: int) -> Packet:
         """How a bag of ``blocks`` blocks is coded."""
@@ -170,14 +177,14 @@ class _Run:
         packet = self.packet(len(blocks))
         share = packet.k // len(blocks)
         with self.clock.span("select"):
-            index = [self.kernels.select(self.out, share, self.stats, self.cut, b) for b in blocks]
-            value = [self.kernels.gather(self.out, i, self.cut, b) for i, b in zip(index, blocks, strict=True)]
+            selected = [self.kernels.select(self.work, b, share) for b in blocks]
+            index, value = [i for i, _ in selected], [v for _, v in selected]
         with self.clock.span("code"):
             joined = torch.cat([i + at * self.cut.length for at, i in enumerate(index)]) if len(index) > 1 else index[0]
             values = torch.cat(value) if len(value) > 1 else value[0]
             decoded = packet.encode(joined, values, bag[wire.HEADER_WORDS :], self.kernels)
             for at, (i, b) in enumerate(zip(index, blocks, strict=True)):
-                self.kernels.subtract(self.out, i, decoded[at * share : (at + 1) * share], self.cut, b)
+                self.kernels.deduct(self.work, b, decoded[at * share : (at + 1) * share])
                 self.chosen[b] = i
             self.bags.seal(bag)
 
@@ -189,9 +196,7 @@ class _Run:
             index, value = packet.decode(self.bags.open(bag, source), self.dtype, self.bags.flags, self.kernels)
             for at, b in enumerate(blocks):
                 part = slice(at * share, (at + 1) * share)
-                local = index[part] - at * self.cut.length
-                self.kernels.merge(self.out, local, value[part], self.cut, b, self.stats, self.bags.flags)
-                self.merged[b].append(local)
+                self.kernels.merge(self.work, b, index[part] - at * self.cut.length if at else index[part], value[part])
             self.bags.check(source)
 
     def scatter_log(self) -> None:
@@ -222,39 +227,33 @@ class _Run:
             if source != rank:
                 self.merge([rank], recv[source], source)
 
-    def gather(self, total: Tensor) -> list[Tensor]:
-        """Cuts the own block's sum, all-gathers all blocks into ``total``; returns each block's final positions."""
+    def gather(self) -> list[Part]:
+        """Cuts the own block's sum and all-gathers all blocks: the final entries, by block."""
         size, packet = self.transport.size, self.packet(1)
         mine, bags = self.bags.empty(packet.words), self.bags.empty(packet.words, rows=self.transport.size)
         self.pack([self.transport.rank], mine)
         with self.clock.span("wire"):
             self.transport.all_gather(bags, mine)
         with self.clock.span("code"):
-            final: list[Tensor] = []
-            total.zero_()
+            parts: list[Part] = []
             for b in range(size):
                 index, value = packet.decode(self.bags.open(bags[b], b), self.dtype, self.bags.flags, self.kernels)
                 self.bags.check(b)
-                self.kernels.scatter(total, index, value, self.cut, b)
-                final.append(index)
-        return final
+                parts.append(Part(index, value, self.cut, b))
+        return parts
 
     def collect_residuals(self, final: list[Tensor], rule: str) -> None:
         """Turns ``out`` into the next residual (paper: global residual collection).
 
-        A position outside the final set reached nobody: every rank takes its own share back, which also covers what
-        intermediate ranks had merged there. Inside it, a rank keeps what it did not pass on.
+        A position outside the final set reached nobody: every rank keeps its own share, as ``out`` has it, which also
+        covers what intermediate ranks had merged there. Inside it, a rank keeps what it did not pass on.
         """
         for b, keep in enumerate(final):
             chosen = self.chosen[b]
             assert chosen is not None  # every block is sent once, or owned
-            for index in self.merged[b]:
-                self._restore(index, keep if rule == "global" else chosen, b)
-            if rule != "local":
-                self._restore(chosen, keep, b)
-
-    def _restore(self, index: Tensor, keep: Tensor, block: int) -> None:
-        self.kernels.restore(self.out, self.grad, self.residual, index, keep, self.cut, block)
+            if rule != "global":  # nobody keeps what others had sent and was dropped on the way
+                keep = chosen if rule == "local" else chosen[torch.isin(chosen, keep, assume_unique=True)]
+            self.kernels.settle(self.work, b, keep)
 
     def sent(self, final: list[Tensor], rule: str) -> Tensor:
         """Sorted global positions whose own mass left this rank for good."""

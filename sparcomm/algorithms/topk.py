@@ -11,19 +11,20 @@ in the residual.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from torch import Tensor
 
 from sparcomm import layout, wire
-from sparcomm.algorithms.base import Algorithm, Cost, SparseAlgorithm, State
+from sparcomm.algorithms.base import Algorithm, Cost, Part, SparseAlgorithm, State, Summed
 from sparcomm.codecs.packet import Packet
 from sparcomm.collectives.bags import Bags
 from sparcomm.collectives.dense import log2_ceil
 from sparcomm.density import check_density, quota
-from sparcomm.dtypes import WIRE_DTYPES, wire_dtype
-from sparcomm.memory import compensate
+from sparcomm.dtypes import WIRE_DTYPES, wire_dtype, working_dtype
+from sparcomm.sparse import Sparse
 from sparcomm.transport.base import Transport
 
 
@@ -66,26 +67,35 @@ class TopKAllGather(SparseAlgorithm):
         return size * quota(self.density, n)
 
     def _sparse_reduce(
-        self, grad: Tensor, residual: Tensor | None, state: State, total: Tensor, bags: Bags, transport: Transport
-    ) -> tuple[Tensor, Tensor | None]:
-        n, dtype, kernels = grad.numel(), total.dtype, bags.kernels
+        self, grad: Tensor, residual: Tensor | None, state: State, bags: Bags, transport: Transport
+    ) -> Summed:
+        n, dtype, kernels = grad.numel(), working_dtype(grad.dtype), bags.kernels
         one, packet = layout.whole(n, grad.device), self._packet(n)
         out = state.workspace.take(n, dtype, grad.device)
         with state.clock.span("select"):
-            stats = compensate(grad, residual, out, one, bags.flags)
-            index = kernels.select(out, packet.k, stats, one, 0)
+            work = kernels.compensate(grad, residual, out, one, packet.k, bags.flags)
+            index, value = kernels.select(work, 0, packet.k)
         with state.clock.span("code"):
             bag = bags.empty(packet.words)
-            value = packet.encode(index, kernels.gather(out, index, one, 0), bag[wire.HEADER_WORDS :], kernels)
-            kernels.subtract(out, index, value, one, 0)
+            kernels.deduct(work, 0, packet.encode(index, value, bag[wire.HEADER_WORDS :], kernels))
+            kernels.settle(work, 0, index)
             bags.seal(bag)
             arrived = bags.empty(packet.words, rows=transport.size)
         with state.clock.span("wire"):
             transport.all_gather(arrived, bag)
         with state.clock.span("code"):
-            total.zero_()
+            lists: list[Sparse] = []
             for rank in range(transport.size):
                 entries = packet.decode(bags.open(arrived[rank], rank), dtype, bags.flags, kernels)
                 bags.check(rank)
-                kernels.merge(total, *entries, one, 0, None, bags.flags)
-        return out, index if state.wants_sent else None
+                lists.append(Sparse(*entries, n))
+            # Merging p lists one after the other takes about p²k/2 steps, which must not exceed a pass over n.
+            if state.wants_total or transport.size**2 * packet.k > n:
+                total = state.workspace.take(n, dtype, grad.device).zero_()
+                for s in lists:
+                    kernels.add(total, s.index, s.value, one, 0, bags.flags)
+            else:
+                united = functools.reduce(kernels.merge_sum, lists)
+                bags.note_nonfinite(united.value)
+                total = [Part(united.index, united.value, one, 0)]
+        return Summed(total, out, index if state.wants_sent else None)

@@ -48,7 +48,9 @@ def captured(algorithm: Algorithm, scale: Tensor, size: int, seed: int) -> float
 
     def rank(transport: Transport) -> Tensor:
         state = algorithm.init(n, torch.float32, torch.device("cpu"), size)
-        return algorithm.reduce(gradient(transport.rank), None, state, 0, transport).total
+        total = algorithm.reduce(gradient(transport.rank), None, state, 0, transport).total
+        assert total is not None  # the state wants it
+        return total
 
     total = sim.run(size, rank, timeout=600).results[0].double()
     exact = sum((gradient(r).double() for r in range(size)), torch.zeros(n, dtype=torch.float64))

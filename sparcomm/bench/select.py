@@ -1,6 +1,6 @@
 """Selection against torch: ``python -m sparcomm.bench.select [--numel N] [--density D] [--repeat R]``.
 
-One thread, float32 normal data, CPU time, best of R runs each. The first two rows are the claim: histogram + select of
+One thread, float32 normal data, CPU time, best of R runs each. The first two rows are the claim: compensate + select of
 the whole vector against ``torch.abs(x, out=buffer)`` + ``torch.topk(buffer, k)``.
 The others are what a training step does.
 """
@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sparcomm import wire
 from sparcomm.kernels import kernels_for
 from sparcomm.layout import Layout, dealt, whole
 
@@ -59,34 +58,30 @@ def measure(numel: int, density: float, repeat: int) -> list[Row]:
     residual = torch.randn_like(x)
     rows.append(Row("torch.add", best(repeat, lambda: torch.add(x, residual, out=buffer)), None))
     for dtype in (torch.float32, torch.bfloat16):
-        rows.append(compensating(x.to(dtype), residual, buffer, repeat))
+        rows.append(compensating(x.to(dtype), residual, buffer, k, repeat))
     return rows
 
 
 def selecting(x: Tensor, k: int, layout: Layout, repeat: int, name: str) -> list[Row]:
-    """Histogram and select of all blocks, and the histogram alone."""
-    kernels = kernels_for(x)
-    stats, flags = torch.empty(layout.blocks, wire.BINS, dtype=torch.int64), torch.zeros(1, dtype=torch.uint8)
+    """Copying x while looking for candidates, then selecting from all blocks; and the copy alone."""
+    kernels, out, flags = kernels_for(x), torch.empty_like(x), torch.zeros(1, dtype=torch.uint8)
     per_block = min(layout.length, max(1, round(k / layout.blocks)))
 
-    def histogram() -> None:
-        kernels.histogram(x, stats, layout, flags)
-
     def both() -> list[Tensor]:
-        histogram()
-        return [kernels.select(x, per_block, stats, layout, b) for b in range(layout.blocks)]
+        work = kernels.compensate(x, None, out, layout, per_block, flags)
+        return [kernels.select(work, b, per_block)[0] for b in range(layout.blocks)]
 
-    whole_job = Row(f"histogram + select, {name}", best(repeat, both), right(x, both(), layout))
-    return [whole_job, Row("  of which histogram", best(repeat, histogram), None)]
+    whole_job = Row(f"compensate + select, {name}", best(repeat, both), right(x, both(), layout))
+    alone = best(repeat, lambda: kernels.compensate(x, None, out, layout, per_block, flags))
+    return [whole_job, Row("  of which compensate", alone, None)]
 
 
-def compensating(grad: Tensor, residual: Tensor, out: Tensor, repeat: int) -> Row:
-    """Gradient + residual with its histogram, in one pass."""
-    kernels, layout = kernels_for(grad), dealt(grad.numel(), BLOCKS)
-    stats, flags = torch.empty(layout.blocks, wire.BINS, dtype=torch.int64), torch.zeros(1, dtype=torch.uint8)
-    seconds = best(repeat, lambda: kernels.compensate(grad, residual, out, stats, layout, flags))
+def compensating(grad: Tensor, residual: Tensor, out: Tensor, k: int, repeat: int) -> Row:
+    """Gradient + residual with the search for candidates, in one pass."""
+    kernels, layout, flags = kernels_for(grad), dealt(grad.numel(), BLOCKS), torch.zeros(1, dtype=torch.uint8)
+    seconds = best(repeat, lambda: kernels.compensate(grad, residual, out, layout, max(1, k // BLOCKS), flags))
     dtype = str(grad.dtype).removeprefix("torch.")
-    return Row(f"compensate {dtype} (sum + histogram)", seconds, torch.equal(out, grad.to(out.dtype) + residual))
+    return Row(f"compensate {dtype} (sum + candidates)", seconds, torch.equal(out, grad.to(out.dtype) + residual))
 
 
 def right(x: Tensor, selected: list[Tensor], layout: Layout) -> bool:

@@ -8,6 +8,7 @@ Source of the index code: Elias, "Efficient storage and retrieval by content and
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ class Packet:
     m: int
     dtype: torch.dtype
 
-    @property
+    @functools.cached_property
     def index_words(self) -> int:
         """Words that the indices take."""
         if self.k in (0, self.m):
@@ -37,12 +38,12 @@ class Packet:
         """Words that the values take."""
         return wire.words(8 * self.k * self.dtype.itemsize)
 
-    @property
+    @functools.cached_property
     def words(self) -> int:
         """Words in all."""
         return self.index_words + self.value_words
 
-    @property
+    @functools.cached_property
     def _is_bitmap(self) -> bool:
         return wire.bitmap_words(self.m) <= wire.elias_fano_words(self.k, self.m)
 

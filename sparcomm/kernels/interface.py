@@ -12,6 +12,7 @@ results depend neither on the device nor on threads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -21,45 +22,71 @@ from sparcomm.layout import Layout
 from sparcomm.sparse import Sparse
 
 
+class Working:
+    """The sums of one step: gradient + residual and what others sent, minus what was passed on; see ``compensate``.
+
+    Opaque: each implementation derives its own.
+
+    Attributes:
+        out: (n,) gradient + residual, where ``settle`` has not put a sum.
+        layout: how it is cut into blocks.
+    """
+
+    out: Tensor
+    layout: Layout
+
+
 class Kernels(Protocol):
     """A module (or object) that implements all loops over n or k for one kind of device. Thread-safe."""
 
     def compensate(
-        self, grad: Tensor, residual: Tensor | None, out: Tensor, stats: Tensor, layout: Layout, flags: Tensor
-    ) -> None:
-        """``out = grad + residual`` in the working dtype, and the histogram of the result, in one pass.
+        self, grad: Tensor, residual: Tensor | None, out: Tensor, layout: Layout, k: int, flags: Tensor
+    ) -> Working:
+        """``out = grad + residual`` in the working dtype, and the sums of a step, which start as that.
 
         Args:
             grad: (n,) float32, float16, bfloat16 or float64.
             residual: (n,) working dtype, or None for zeros.
-            out: (n,) working dtype, overwritten; must not overlap ``grad`` or ``residual``.
-            stats: (layout.blocks, wire.BINS) int64, overwritten; see ``histogram``.
-            flags: NONFINITE is set if any element of the result is inf or NaN.
+            out: (n,) working dtype, overwritten; must not overlap ``grad`` or ``residual``, nor be changed while the
+                result is in use.
+            k: how many positions of each block will be asked for. Only a hint: no result depends on it.
+            flags: NONFINITE is set if any element of the result is inf or NaN; kept, for ``merge``.
         """
         ...
 
-    def histogram(self, x: Tensor, stats: Tensor, layout: Layout, flags: Tensor) -> None:
-        """Counts every block's magnitudes by the top 11 bits below the sign; padding is not counted.
+    def select(self, work: Working, block: int, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest sums of a block by magnitude, exactly; ties to the lowest position, padding after zeros.
 
         Args:
-            stats: (layout.blocks, wire.BINS) int64, contiguous, overwritten.
-            flags: NONFINITE is set if any element is inf or NaN.
-        """
-        ...
-
-    def select(self, x: Tensor, k: int, stats: Tensor, layout: Layout, block: int) -> Tensor:
-        """The k largest magnitudes of a block, exactly; ties to the lowest position, padding last among zeros.
-
-        Args:
-            k: 0 to layout.length.
-            stats: as ``histogram(x, ...)`` leaves it; row ``block`` is read and must be current.
+            k: 0 to layout.length. A block is selected from once.
 
         Returns:
-            (k,) int64, strictly increasing local positions.
+            (k,) int64, strictly increasing local positions, and (k,) sums; zero for padding.
 
         Raises:
-            SparcommError: k is out of range, or an implementation noticed that ``stats`` is not that of ``x``.
+            SparcommError: k is out of range, or the block has been selected from before.
         """
+        ...
+
+    def merge(self, work: Working, block: int, index: Tensor, value: Tensor) -> None:
+        """Adds ``value`` to a block's sums at ``index``, before anything is selected from it; ``out`` stays as it is.
+
+        Sets NONFINITE if a sum is inf or NaN, DAMAGED if an index is outside [0, layout.length), which is skipped.
+
+        Args:
+            index: strictly increasing; padding is ignored.
+
+        Raises:
+            SparcommError: the block has been selected from.
+        """
+        ...
+
+    def deduct(self, work: Working, block: int, value: Tensor) -> None:
+        """Takes ``value`` (k,) from the sums of a block that were selected, in their order: what of them was sent."""
+        ...
+
+    def settle(self, work: Working, block: int, index: Tensor) -> None:
+        """``out = sums`` at the positions ``index`` of a block; padding and anything outside it is ignored."""
         ...
 
     def gather(self, x: Tensor, index: Tensor, layout: Layout, block: int) -> Tensor:
@@ -70,17 +97,8 @@ class Kernels(Protocol):
         """``x[index] -= value``, in place; padding and anything outside [0, layout.length) is ignored."""
         ...
 
-    def merge(
-        self,
-        x: Tensor,
-        index: Tensor,
-        value: Tensor,
-        layout: Layout,
-        block: int,
-        stats: Tensor | None,
-        flags: Tensor,
-    ) -> None:
-        """``x[index] += value``, in place, and keeps row ``block`` of ``stats`` (if given) current.
+    def add(self, x: Tensor, index: Tensor, value: Tensor, layout: Layout, block: int, flags: Tensor) -> None:
+        """``x[index] += value``, in place.
 
         Args:
             index: strictly increasing; padding is ignored.
@@ -89,21 +107,17 @@ class Kernels(Protocol):
         """
         ...
 
-    def restore(
-        self,
-        x: Tensor,
-        grad: Tensor,
-        residual: Tensor | None,
-        index: Tensor,
-        keep: Tensor,
-        layout: Layout,
-        block: int,
-    ) -> None:
-        """``x = grad + residual`` at the positions of ``index`` that are not in ``keep`` (both sorted), in place."""
-        ...
-
     def scatter(self, out: Tensor, index: Tensor, value: Tensor, layout: Layout, block: int) -> None:
         """``out[index] = value``, in place; padding and anything outside [0, layout.length) is ignored."""
+        ...
+
+    def expand(self, out: Tensor, index: Sequence[Tensor], value: Sequence[Tensor], layout: Layout) -> None:
+        """Writes all of ``out`` in one pass: the blocks' values at their positions, zeros elsewhere.
+
+        Args:
+            out: (n,) any float dtype; values are cast to it.
+            index, value: one sorted list per block; padding and anything outside a block is ignored.
+        """
         ...
 
     def merge_sum(self, a: Sparse, b: Sparse) -> Sparse:
@@ -163,6 +177,26 @@ class Kernels(Protocol):
 
     def widen(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """Wire values (float32, bfloat16, float16) in the working dtype ``dtype``, in memory of their own."""
+        ...
+
+    def round_stochastic(self, x: Tensor, out: Tensor, seed: int) -> None:
+        """Writes ``x`` as bfloat16, up or down at random, so that the expected value is ``x`` itself.
+
+        The discarded 16 bits of the magnitude, plus 16 random ones, carry into the kept bits or not. The random ones
+        are the top half of ``mix(mix(i ^ mix(seed)) + mix(seed))`` in uint32 arithmetic, i the element's position and
+        ``mix`` that of ``checksum``: they depend on nothing but (seed, i modulo 2^32).
+
+        What bfloat16 can represent stays as it is, zeros' signs, subnormals, inf and NaN (quiet, of its sign)
+        included. Beyond bfloat16's largest finite value there is no neighbour above: finite values never become inf.
+
+        Args:
+            x: (n,) float32.
+            out: (n,) bfloat16, overwritten.
+            seed: 0 to 2^32 - 1; another one gives independent rounding.
+
+        Raises:
+            SparcommError: ``x`` is not float32, ``out`` not bfloat16, or they differ in shape.
+        """
         ...
 
     def checksum(self, words: Tensor) -> Tensor:

@@ -6,43 +6,92 @@ accelerator the host does not wait: entries that must not be stored are masked, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from sparcomm import wire
 from sparcomm.errors import SparcommError
+from sparcomm.kernels.interface import Working
 from sparcomm.layout import Layout
 from sparcomm.sparse import Sparse
 
 MASK32 = 0xFFFFFFFF
 
 
+@dataclass(eq=False)
+class Dense(Working):
+    """What ``compensate`` returns: beside ``out`` a full vector of the sums."""
+
+    out: Tensor
+    layout: Layout
+    sums: Tensor
+    flags: Tensor
+    chosen: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+
+
 def compensate(
-    grad: Tensor, residual: Tensor | None, out: Tensor, stats: Tensor, layout: Layout, flags: Tensor
-) -> None:
-    """Writes grad + residual and its histogram."""
+    grad: Tensor,
+    residual: Tensor | None,
+    out: Tensor,
+    layout: Layout,
+    k: int,  # noqa: ARG001
+    flags: Tensor,
+) -> Working:
+    """Writes grad + residual, twice."""
     out.copy_(grad)
     if residual is not None:
         out.add_(residual)
-    histogram(out, stats, layout, flags)
+    _raise_flag(flags, wire.NONFINITE, ~out.isfinite())
+    return Dense(out, layout, out.clone(), flags)
 
 
-def histogram(x: Tensor, stats: Tensor, layout: Layout, flags: Tensor) -> None:
-    """Magnitudes per block and bin."""
-    stats.zero_()
-    _raise_flag(flags, wire.NONFINITE, ~x.isfinite())
-    tile = torch.arange(layout.numel, device=x.device) // layout.tile
-    block = layout.owner[tile // layout.blocks, tile % layout.blocks]
-    stats.view(-1).index_add_(0, block * wire.BINS + _bin(x), torch.ones_like(block))
-
-
-def select(x: Tensor, k: int, stats: Tensor, layout: Layout, block: int) -> Tensor:  # noqa: ARG001
-    """Local positions of the k largest magnitudes; the statistics are not needed here."""
+def select(work: Working, block: int, k: int) -> tuple[Tensor, Tensor]:
+    """Positions and sums of the k largest magnitudes."""
+    x, layout, chosen = _open(work, block)
     if not 0 <= k <= layout.length:
         raise SparcommError(f"select: k={k} must be in [0, {layout.length}], the length of a block")
     everywhere = torch.arange(layout.length, device=x.device)
     key = _magnitude(gather(x, everywhere, layout, block))
-    return key.sort(descending=True, stable=True).indices[:k].sort().values
+    index = chosen[block] = key.sort(descending=True, stable=True).indices[:k].sort().values
+    return index, gather(x, index, layout, block)
+
+
+def merge(work: Working, block: int, index: Tensor, value: Tensor) -> None:
+    """Adds to the sums."""
+    x, layout, _ = _open(work, block)
+    add(x, index, value, layout, block, _dense(work).flags)
+
+
+def deduct(work: Working, block: int, value: Tensor) -> None:
+    """Takes what was sent from the sums."""
+    dense = _dense(work)
+    chosen = dense.chosen.get(block)
+    if chosen is None or value.shape != chosen.shape:
+        raise SparcommError(f"block {block}: {value.numel()} values to deduct, but as many must have been selected")
+    subtract(dense.sums, chosen, value, dense.layout, block)
+
+
+def settle(work: Working, block: int, index: Tensor) -> None:
+    """Writes sums to out."""
+    dense = _dense(work)
+    scatter(dense.out, index, gather(dense.sums, index, dense.layout, block), dense.layout, block)
+
+
+def _dense(work: Working) -> Dense:
+    if not isinstance(work, Dense):
+        raise SparcommError(f"{type(work).__name__} was not made by this implementation's compensate")
+    return work
+
+
+def _open(work: Working, block: int) -> tuple[Tensor, Layout, dict[int, Tensor]]:
+    dense = _dense(work)
+    if block in dense.chosen:
+        raise SparcommError(f"block {block} has been selected from already: nothing can be merged or selected again")
+    return dense.sums, dense.layout, dense.chosen
 
 
 def gather(x: Tensor, index: Tensor, layout: Layout, block: int) -> Tensor:
@@ -60,39 +109,16 @@ def subtract(x: Tensor, index: Tensor, value: Tensor, layout: Layout, block: int
         _store(x, j, stored, x[j] - value)
 
 
-def merge(
-    x: Tensor, index: Tensor, value: Tensor, layout: Layout, block: int, stats: Tensor | None, flags: Tensor
-) -> None:
-    """x[index] += value; moves the counts from the old bins to the new."""
+def add(x: Tensor, index: Tensor, value: Tensor, layout: Layout, block: int, flags: Tensor) -> None:
+    """x[index] += value."""
     if not layout.numel:
         _raise_flag(flags, wire.DAMAGED, torch.ones_like(index, dtype=torch.bool))
         return
     j, stored, inside = _place(index, layout, block)
     _raise_flag(flags, wire.DAMAGED, ~inside)
-    old = x[j]
-    new = old + value
+    new = x[j] + value
     _raise_flag(flags, wire.NONFINITE, stored & ~new.isfinite())
     _store(x, j, stored, new)
-    if stats is not None:
-        moved = stored.to(stats.dtype)
-        stats[block].index_add_(0, _bin(old), -moved)
-        stats[block].index_add_(0, _bin(new), moved)
-
-
-def restore(
-    x: Tensor, grad: Tensor, residual: Tensor | None, index: Tensor, keep: Tensor, layout: Layout, block: int
-) -> None:
-    """Writes grad + residual where index is not in keep."""
-    if not layout.numel:
-        return
-    j, stored, _ = _place(index, layout, block)
-    original = grad[j].to(x.dtype)
-    if residual is not None:
-        original = original + residual[j]
-    if keep.numel():
-        found = keep[torch.searchsorted(keep, index).clamp(max=keep.numel() - 1)] == index
-        stored = stored & ~found
-    _store(x, j, stored, original)
 
 
 def scatter(out: Tensor, index: Tensor, value: Tensor, layout: Layout, block: int) -> None:
@@ -100,6 +126,15 @@ def scatter(out: Tensor, index: Tensor, value: Tensor, layout: Layout, block: in
     if layout.numel:
         j, stored, _ = _place(index, layout, block)
         _store(out, j, stored, value)
+
+
+def expand(out: Tensor, index: Sequence[Tensor], value: Sequence[Tensor], layout: Layout) -> None:
+    """Writes all of out."""
+    if not len(index) == len(value) == layout.blocks:
+        raise SparcommError(f"{len(index)} and {len(value)} lists for {layout.blocks} blocks")
+    out.zero_()
+    for block, (i, v) in enumerate(zip(index, value, strict=True)):
+        scatter(out, i, v.to(out.dtype), layout, block)
 
 
 def merge_sum(a: Sparse, b: Sparse) -> Sparse:
@@ -162,14 +197,33 @@ def widen(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype, copy=True)
 
 
+def round_stochastic(x: Tensor, out: Tensor, seed: int) -> None:
+    """Adds 16 random bits below those that bfloat16 keeps, then cuts; in int64, so that no sum wraps."""
+    _check_rounding(x, out)
+    key, words = _mix(seed & MASK32), out.view(torch.int16)
+    for start in range(0, x.numel(), 1 << 22):  # int64 copies of all of x at once may not fit on a device
+        bits = x[start : start + (1 << 22)].view(torch.int32).to(torch.int64)
+        place = torch.arange(start, start + bits.numel(), device=x.device) & MASK32
+        noise = _mix((_mix(place ^ key) + key) & MASK32) >> 16
+        magnitude = bits & 0x7FFFFFFF
+        short = ((magnitude + noise) >> 16).clamp(max=0x7F7F)
+        short = torch.where(magnitude >= 0x7F800000, 0x7F80, short)
+        short = torch.where(magnitude > 0x7F800000, 0x7FC0, short)
+        words[start : start + (1 << 22)] = short | ((bits >> 16) & 0x8000)  # the low 16 bits are stored
+
+
 def checksum(words: Tensor) -> Tensor:
     """Sum of mixed words; 32-bit arithmetic in int64, of which the low half never sees the high."""
     place = torch.arange(words.numel(), device=words.device)
     w = torch.where(place == 3, 0, words.to(torch.int64))
-    w = (w ^ (place * 0x9E3779B9)) & MASK32
+    return _mix((w ^ (place * 0x9E3779B9)) & MASK32).sum().to(torch.int32)
+
+
+def _mix(w: Any) -> Any:
+    """A bijection of 32-bit words (tensors of int64, or an int) in which every input bit reaches every output bit."""
     w = ((w ^ (w >> 16)) * 0x7FEB352D) & MASK32
     w = ((w ^ (w >> 15)) * 0x846CA68B) & MASK32
-    return (w ^ (w >> 16)).sum().to(torch.int32)
+    return w ^ (w >> 16)
 
 
 def _magnitude(x: Tensor) -> Tensor:
@@ -177,10 +231,6 @@ def _magnitude(x: Tensor) -> Tensor:
     if x.dtype == torch.float64:
         return x.view(torch.int64) & 0x7FFFFFFFFFFFFFFF
     return x.view(torch.int32) & 0x7FFFFFFF
-
-
-def _bin(x: Tensor) -> Tensor:
-    return (_magnitude(x) >> (52 if x.dtype == torch.float64 else 20)).to(torch.int64)
 
 
 def _raise_flag(flags: Tensor, bit: int, where: Tensor) -> None:
@@ -242,6 +292,14 @@ def _check_code(words: Tensor, k: int, m: int, expected: int) -> None:
     if words.numel() != expected or not 0 <= k <= m:
         raise SparcommError(
             f"code of k={k} indices below m={m} in {words.numel()} words: needs 0 <= k <= m and {expected} words"
+        )
+
+
+def _check_rounding(x: Tensor, out: Tensor) -> None:
+    if x.dtype != torch.float32 or out.dtype != torch.bfloat16 or x.shape != out.shape:
+        raise SparcommError(
+            f"stochastic rounding of {x.dtype}{list(x.shape)} to {out.dtype}{list(out.shape)}: "
+            "must be float32 to bfloat16, of one shape"
         )
 
 

@@ -6,12 +6,13 @@ A new algorithm file is swept by this suite without being named here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
 import torch
 
-from sparcomm.algorithms import Algorithm, registry
+from sparcomm.algorithms import Algorithm, Reduced, registry
 from sparcomm.dtypes import WIRE_DTYPES, working_dtype
 from sparcomm.errors import DamagedBag, GradientError
 from sparcomm.transport import sim
@@ -65,6 +66,34 @@ def test_repeats_agree_arguments_are_left_alone_and_buffers_are_reused(size: int
             assert torch.equal(a.total, b.total)
             assert (a.residual is None) == (b.residual is None)
             assert a.residual is None or torch.equal(a.residual, owed(b.residual, b.total))
+
+
+@sweep([pair for pair in SWEEP if pair[0] in (1, 4, 7)])
+def test_parts_are_the_total(size: int, algorithm: Algorithm) -> None:
+    for n in (5, 4000):
+        gradients = [[normals(n, rank, step) for rank in range(size)] for step in range(2)]
+        for (whole, *_), (parted, *_) in zip(
+            simulate(algorithm, gradients), simulate(algorithm, gradients, wants_total=False), strict=True
+        ):
+            for expected, reduced in zip(whole, parted, strict=True):
+                assert (reduced.total is None) == (reduced.parts is not None)
+                total = written_out(reduced, n)
+                assert torch.equal(total, expected.total)
+                assert torch.equal(owed(reduced.residual, total), owed(expected.residual, total))
+
+
+def written_out(reduced: Reduced, n: int) -> torch.Tensor:
+    """The total, from parts where these were given; no position may come twice."""
+    if reduced.parts is None:
+        return reduced.total
+    total, seen = torch.zeros(n), torch.zeros(n, dtype=torch.int64)
+    for index, value, layout, block in reduced.parts:
+        where = layout.to_global(index, block)
+        stored = where < n
+        total[where[stored]] = value[stored]
+        seen.index_add_(0, where[stored], torch.ones_like(where[stored]))
+    assert int(seen.amax()) <= 1
+    return total
 
 
 @sweep([(p, c) for p, c in SWEEP if c.conserves and getattr(c, "density", 1.0) == 1.0])
@@ -131,19 +160,21 @@ def test_sent_positions_are_those_whose_mass_left(size: int, algorithm: Algorith
 def test_a_non_finite_value_is_known_to_all_ranks(size: int, algorithm: Algorithm, where: str, bad: float) -> None:
     n, culprit = 100, size // 2
 
-    def rank(transport: Any) -> bool:
+    def rank(transport: Any, wants_total: bool) -> bool:
         grad, residual = normals(n, transport.rank, 1), torch.zeros(n)
         if where == "sum":
             grad[37] = 3e38
         elif transport.rank == culprit:
             (grad if where == "gradient" else residual)[37] = bad
         state = algorithm.init(n, grad.dtype, grad.device, size)
+        state.wants_total = wants_total
         reduced = algorithm.reduce(grad, residual, state, 5, transport)
-        return bool(reduced.ok and (where != "sum" or torch.isfinite(reduced.total).all()))
+        return bool(reduced.ok and (where != "sum" or torch.isfinite(written_out(reduced, n)).all()))
 
     narrow = getattr(algorithm, "values", "float32") == "float16" and where == "sum"
-    verdicts = sim.run(size, rank).results
-    assert verdicts == ([verdicts[0]] * size if narrow else [False] * size)
+    for wants_total in (True, False):
+        verdicts = sim.run(size, functools.partial(rank, wants_total=wants_total)).results
+        assert verdicts == ([verdicts[0]] * size if narrow else [False] * size)
 
 
 @sweep([(p, c) for p, c in SWEEP if p in (2, 3, 8) and c.checked and getattr(c, "density", 0.1) in (0.1, 1.0)])

@@ -22,10 +22,10 @@ import sparcomm
 from sparcomm import wire
 from sparcomm.errors import SparcommError
 from sparcomm.kernels import Kernels, cpu, kernels_for, reference
-from sparcomm.kernels.cpu import _code, _count, _jit, _select, _sparse, warm
+from sparcomm.kernels.cpu import _code, _compensate, _count, _jit, _round, _select, _sparse, warm
 from sparcomm.layout import contiguous, dealt, whole
 from sparcomm.sparse import Sparse
-from support.kernels import GRADIENTS, WORKING, blank, data, increasing, same
+from support.kernels import GRADIENTS, data, increasing, same
 
 NAMES = sorted(name for name, _ in inspect.getmembers(Kernels, inspect.isfunction) if not name.startswith("_"))
 
@@ -62,26 +62,45 @@ def everything(k: Any, dtype: torch.dtype) -> list[torch.Tensor]:
     grad = data("normal", n, dtype)
     working = torch.float64 if dtype == torch.float64 else torch.float32
     residual, out = data("spread", n, working), torch.empty(n, dtype=working)
-    stats, flags = blank(layout)
-    k.compensate(grad, residual, out, stats, layout, flags)
-    index = k.select(out, 100, stats, layout, 1)
-    value = k.gather(out, index, layout, 1)
+    flags = torch.zeros(1, dtype=torch.uint8)
+    work = k.compensate(grad, residual, out, layout, 100, flags)
+    k.merge(work, 1, torch.arange(0, 300, 3), torch.ones(100, dtype=working))
+    index, value = k.select(work, 1, 100)
     sparse = Sparse(index, value, layout.length)
     message = torch.empty(100, dtype=torch.bfloat16)
     decoded = k.narrow(value, message)
-    k.subtract(out, index, decoded, layout, 1)
-    k.merge(out, index, value, layout, 0, stats, flags)
-    k.restore(out, grad, residual, index, index[:50], layout, 1)
-    k.scatter(out, index, value, layout, 0)
-    k.histogram(out, stats, layout, flags)
+    k.deduct(work, 1, decoded)
+    k.settle(work, 1, index[:50])
+    other = k.gather(out, index, layout, 0)
+    k.subtract(out, index, decoded, layout, 0)
+    k.add(out, index + 1, value, layout, 0, flags)
+    k.scatter(out, index[:9], value[:9], layout, 0)
+    sparse_out = torch.empty(n, dtype=dtype)
+    k.expand(sparse_out, [index, index], [value, other], layout)
     words = torch.empty(wire.elias_fano_words(100, 1500), dtype=torch.int32)
     k.elias_fano_encode(index, 1500, words)
     bitmap = torch.empty(wire.bitmap_words(1500), dtype=torch.int32)
     k.bitmap_encode(index, 1500, bitmap)
     both = k.merge_sum(sparse, Sparse(index + 1, value, layout.length))
     lists = [k.elias_fano_decode(words, 100, 1500, flags), k.bitmap_decode(bitmap, 100, 1500, flags)]
-    checks = [k.checksum(words), k.widen(message, working)]
-    return [out, stats, flags, index, value, decoded, words, bitmap, both.index, both.value, *lists, *checks]
+    rounded = torch.empty(n, dtype=torch.bfloat16)
+    k.round_stochastic(out.to(torch.float32), rounded, 7)
+    checks = [k.checksum(words), k.widen(message, working), rounded]
+    return [
+        out,
+        sparse_out,
+        other,
+        flags,
+        index,
+        value,
+        decoded,
+        words,
+        bitmap,
+        both.index,
+        both.value,
+        *lists,
+        *checks,
+    ]
 
 
 @pytest.mark.parametrize("dtype", GRADIENTS)
@@ -107,48 +126,22 @@ def test_positions_beyond_two_to_the_33() -> None:
             assert found == torch.where(expected < numel, expected, _sparse.PADDING).tolist()
 
 
-@pytest.mark.parametrize("dtype", WORKING)
-def test_statistics_of_something_else_are_an_error(dtype: torch.dtype) -> None:
-    n, layout = 10_000, whole(10_000)
-    x, other = data("normal", n, dtype), data("normal", n, dtype) * 1e-3
-    stats, flags = blank(layout)
-    cpu.histogram(other, stats, layout, flags)
-    with pytest.raises(SparcommError, match="row 0 of the statistics is not the histogram of block 0"):
-        cpu.select(x, 100, stats, layout, 0)
-    cpu.histogram(x, stats, layout, flags)
-    with pytest.raises(SparcommError, match="row 0"):
-        cpu.select(other, 100, stats, layout, 0)
-
-
-@pytest.mark.parametrize("rubbish", [-5, 1 << 40, 0])
-def test_statistics_of_nothing_are_an_error(rubbish: int) -> None:
-    x, layout = data("normal", 1000, torch.float32), whole(1000)
-    stats, flags = blank(layout)
-    cpu.histogram(x, stats, layout, flags)
-    for bins in (slice(None), slice(1000, 1040)):
-        wrong = stats.clone()
-        wrong[0, bins] = rubbish
-        with pytest.raises(SparcommError, match="row 0"):
-            cpu.select(x, 10, wrong, layout, 0)
-    stats[0, 2030], stats[0, 2020] = 1 << 40, -(1 << 40)  # the sum is right
-    with pytest.raises(SparcommError, match="row 0"):
-        cpu.select(x, 10, stats, layout, 0)
-
-
 def test_the_reference_never_waits_for_a_device() -> None:
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")  # has no data: whoever looks at any gets an error
 
     k, layout, n = reference, dealt(1000, 3, "meta"), 1000
-    x, stats, flags = meta(n), meta(3, wire.BINS, dtype=torch.int64), meta(1, dtype=torch.uint8)
-    k.compensate(meta(n, dtype=torch.bfloat16), meta(n), x, stats, layout, flags)
-    index = k.select(x, 20, stats, layout, 1)
-    value = k.gather(x, index, layout, 1)
+    x, flags = meta(n), meta(1, dtype=torch.uint8)
+    work = k.compensate(meta(n, dtype=torch.bfloat16), meta(n), x, layout, 20, flags)
+    k.merge(work, 1, meta(20, dtype=torch.int64), meta(20))
+    index, value = k.select(work, 1, 20)
     decoded = k.narrow(value, meta(20, dtype=torch.bfloat16))
-    k.subtract(x, index, decoded, layout, 1)
-    k.merge(x, index, value, layout, 1, stats, flags)
-    k.restore(x, meta(n), meta(n), index, index, layout, 1)
+    k.deduct(work, 1, decoded)
+    k.settle(work, 1, index)
+    k.subtract(x, index, k.gather(x, index, layout, 1), layout, 1)
+    k.add(x, index, value, layout, 1, flags)
     k.scatter(x, index, value, layout, 1)
+    k.expand(x, [index] * 3, [value] * 3, layout)
     words = meta(wire.elias_fano_words(20, n), dtype=torch.int32)
     k.elias_fano_encode(index, n, words)
     assert k.elias_fano_decode(words, 20, n, flags).shape == (20,)
@@ -156,31 +149,36 @@ def test_the_reference_never_waits_for_a_device() -> None:
     k.bitmap_encode(index, n, words)
     assert k.bitmap_decode(words, 20, n, flags).shape == (20,)
     assert k.checksum(words).device.type == "meta"
+    k.round_stochastic(x, meta(n, dtype=torch.bfloat16), 7)
 
 
 def test_misuse_is_an_error_not_an_access_out_of_bounds() -> None:
-    layout, short = whole(100), torch.ones(99)
-    stats, flags = blank(layout)
+    layout, short, flags = whole(100), torch.ones(99), torch.zeros(1, dtype=torch.uint8)
     with pytest.raises(SparcommError, match=r"shape \(99,\), stride \(1,\) in a layout of 100"):
-        cpu.histogram(short, stats, layout, flags)
+        cpu.compensate(short, None, torch.ones(100), layout, 5, flags)
     with pytest.raises(SparcommError, match="of just that length"):
-        cpu.compensate(torch.ones(100), short, torch.ones(100), stats, layout, flags)
+        cpu.compensate(torch.ones(100), short, torch.ones(100), layout, 5, flags)
     with pytest.raises(SparcommError, match="flat and contiguous"):
-        cpu.histogram(torch.ones(200)[::2], stats, layout, flags)
+        cpu.compensate(torch.ones(100), None, torch.ones(200)[::2], layout, 5, flags)
+    with pytest.raises(SparcommError, match="of just that length"):
+        cpu.expand(short, [torch.arange(5)], [torch.ones(5)], layout)
+    work = cpu.compensate(torch.ones(100), None, torch.ones(100), layout, 5, flags)
     with pytest.raises(SparcommError, match="must be equal"):
         cpu.subtract(torch.ones(100), torch.arange(5), torch.ones(4), layout, 0)
     for bad in (-1, 1, 1 << 40):
         with pytest.raises(SparcommError, match=rf"block={bad} must be in \[0, 1\)"):
             cpu.gather(torch.ones(100), torch.arange(5), layout, bad)
-        with pytest.raises(SparcommError, match=f"block={bad}"):
-            cpu.select(torch.ones(100), 5, stats, layout, bad)
-    for wrong_stats in (stats[:, :-1], stats[:0]):
-        with pytest.raises(SparcommError, match=r"must be \(1, 2048\)"):
-            cpu.histogram(torch.ones(100), wrong_stats, layout, flags)
-        with pytest.raises(SparcommError, match=r"must be \(1, 2048\)"):
-            cpu.compensate(torch.ones(100), None, torch.ones(100), wrong_stats, layout, flags)
-        with pytest.raises(SparcommError, match=r"must be \(1, 2048\)"):
-            cpu.merge(torch.ones(100), torch.arange(5), torch.ones(5), layout, 0, wrong_stats, flags)
+        pair = torch.arange(5), torch.ones(5)
+        for kernel, arguments in (
+            (cpu.select, (5,)),
+            (cpu.merge, pair),
+            (cpu.deduct, pair[1:]),
+            (cpu.settle, pair[:1]),
+        ):
+            with pytest.raises(SparcommError, match=f"block={bad}"):
+                kernel(work, bad, *arguments)
+    with pytest.raises(SparcommError, match="must be equal"):
+        cpu.merge(work, 0, torch.arange(5), torch.ones(4))
     whole_list, cut_list = (Sparse(torch.arange(5), torch.ones(k), 9) for k in (5, 4))
     for pair in ((whole_list, cut_list), (cut_list, whole_list)):
         with pytest.raises(SparcommError, match="must be equal"):
@@ -195,14 +193,15 @@ def test_misuse_is_an_error_not_an_access_out_of_bounds() -> None:
 
 def test_results_lie_on_the_cpu_whatever_the_default_device_is() -> None:
     layout, x = whole(100), data("normal", 100, torch.float32)
-    stats, flags = blank(layout)
+    flags = torch.zeros(1, dtype=torch.uint8)
     words = torch.zeros(wire.elias_fano_words(3, 100), dtype=torch.int32)
     bitmap = torch.zeros(wire.bitmap_words(100), dtype=torch.int32)
     with torch.device("meta"):
-        cpu.histogram(x, stats, layout, flags)
-        results = [cpu.select(x, 100, stats, layout, 0), cpu.select(x, 5, stats, layout, 0)]
+        out = torch.empty(100, device="cpu")
+        works = [cpu.compensate(x, None, out, layout, 5, flags) for _ in range(2)]
+        results = [*cpu.select(works[0], 0, 100), *cpu.select(works[1], 0, 5)]
         results += [cpu.elias_fano_decode(words, 3, 100, flags), cpu.bitmap_decode(bitmap, 3, 100, flags)]
-        results += [cpu.gather(x, results[1], layout, 0), cpu.checksum(x.view(torch.int32))]
+        results += [cpu.gather(x, results[0], layout, 0), cpu.checksum(x.view(torch.int32))]
     assert {r.device.type for r in results} == {"cpu"}
 
 
@@ -244,7 +243,7 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path: Path, monkey
 
 def compiled() -> dict[str, int]:
     """Compiled variants per kernel."""
-    functions = [f for module in (_code, _count, _select, _sparse) for f in vars(module).values()]
+    functions = [f for module in (_code, _compensate, _count, _round, _select, _sparse) for f in vars(module).values()]
     return {f.__name__: len(f.signatures) for f in functions if hasattr(f, "signatures")}
 
 

@@ -1,4 +1,4 @@
-"""Loops over positions: gather, subtract, merge, restore, scatter, merge_sum."""
+"""Loops over positions: gather, subtract, add, scatter, expand, merge_sum."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparcomm import wire
-from sparcomm.dtypes import working_dtype
+from sparcomm.errors import SparcommError
 from sparcomm.layout import Layout, dealt, whole
 from sparcomm.sparse import Sparse
-from support.kernels import GRADIENTS, IMPLEMENTATIONS, WORKING, blank, data, increasing, layouts, same
+from support.kernels import GRADIENTS, IMPLEMENTATIONS, WORKING, data, increasing, layouts, same
 
 N = (0, 1, 33, 500)
 
@@ -55,26 +55,55 @@ def test_gather_subtract_and_scatter(kernels: Any, dtype: torch.dtype, n: int) -
 
 
 @pytest.mark.parametrize("n", N)
-@pytest.mark.parametrize("with_stats", [True, False])
 @pytest.mark.parametrize("dtype", WORKING)
-def test_merge_adds_and_keeps_the_statistics(kernels: Any, dtype: torch.dtype, with_stats: bool, n: int) -> None:
+def test_add(kernels: Any, dtype: torch.dtype, n: int) -> None:
     for kind in ("normal", "special"):
         for layout, b, index in cases(n):
             x, value = data(kind, n, dtype), data("spread", index.numel(), dtype, seed=2)
             expected = x.clone()
             for i, j in stored(index, layout, b):
                 expected[j] = x[j] + value[i]
-            stats, flags = blank(layout)
-            kernels.histogram(x, stats, layout, flags)
-            flags.zero_()
-            kernels.merge(x, index, value, layout, b, stats if with_stats else None, flags)
+            flags = torch.zeros(1, dtype=torch.uint8)
+            kernels.add(x, index, value, layout, b, flags)
             assert same(x, expected)
             touched = [j for _, j in stored(index, layout, b)]
             assert flags.item() == (0 if expected[touched].isfinite().all() else wire.NONFINITE)
-            if with_stats:
-                fresh, ignored = blank(layout)
-                kernels.histogram(x, fresh, layout, ignored)
-                assert torch.equal(stats, fresh)
+
+
+@pytest.mark.parametrize("n", N)
+@pytest.mark.parametrize("dtype", GRADIENTS)
+def test_expand_writes_every_element(kernels: Any, dtype: torch.dtype, n: int) -> None:
+    for layout in layouts(n):
+        index = [increasing(layout.length // (2 + b % 3), layout.length, seed=b) for b in range(layout.blocks)]
+        value = [data("special", i.numel(), torch.float32, seed=b) for b, i in enumerate(index)]
+        if layout.length > 2:
+            index[0] = torch.tensor([-5, 0, 2, layout.length + 1, 1 << 40])  # what is outside is ignored
+            value[0] = torch.arange(1.0, 6.0)
+        expected, out = torch.zeros(n, dtype=dtype), torch.full((n,), 9.0, dtype=dtype)
+        for b in range(layout.blocks):
+            for i, j in stored(index[b], layout, b):
+                expected[j] = value[b][i]
+        kernels.expand(out, index, value, layout)
+        assert same(out, expected)
+
+
+def test_expand_needs_a_list_for_every_block(kernels: Any) -> None:
+    with pytest.raises(SparcommError, match="1 and 2 lists for 2 blocks"):
+        kernels.expand(torch.ones(50), [torch.arange(2)], [torch.ones(2)] * 2, dealt(50, 2))
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_expand_beyond_the_caches(offset: int) -> None:
+    n = (1 << 23) + 77
+    out = torch.empty(n + 1)[offset : n + offset].fill_(3)
+    for layout in (dealt(n, 2), whole(n)):
+        index = [increasing(1000, layout.length, seed=b) for b in range(layout.blocks)]
+        value = [torch.arange(1.0, 1001) + 1000 * b for b in range(layout.blocks)]
+        IMPLEMENTATIONS["cpu"].expand(out, index, value, layout)
+        where = torch.cat([layout.to_global(i, b) for b, i in enumerate(index)])
+        stored_ = where < n
+        assert torch.equal(out[where[stored_]], torch.cat(value)[stored_])
+        assert int(out.count_nonzero()) == int(stored_.sum())
 
 
 @pytest.mark.parametrize("wild", [-1, 10, 1 << 31, 1 << 62, -(1 << 62)])
@@ -84,37 +113,13 @@ def test_positions_outside_a_block_touch_nothing(kernels: Any, n: int, wild: int
     assert layout.length <= 10
     index = torch.tensor([wild])
     x = data("normal", n, torch.float32)
-    before, value = x.clone(), torch.ones(1)
-    stats, flags = blank(layout)
-    kernels.histogram(x, stats, layout, flags)
-    counts = stats.clone()
-    kernels.merge(x, index, value, layout, 0, stats, flags)
+    before, value, flags = x.clone(), torch.ones(1), torch.zeros(1, dtype=torch.uint8)
+    kernels.add(x, index, value, layout, 0, flags)
     assert flags.item() == wire.DAMAGED
-    assert torch.equal(stats, counts)
     kernels.subtract(x, index, value, layout, 0)
     kernels.scatter(x, index, value, layout, 0)
-    kernels.restore(x, torch.ones(n), None, index, index[:0], layout, 0)
     assert torch.equal(x, before)
     assert kernels.gather(x, index, layout, 0).tolist() == [0.0]
-
-
-@pytest.mark.parametrize("n", N)
-@pytest.mark.parametrize("dtype", GRADIENTS)
-def test_restore_brings_back_what_is_not_kept(kernels: Any, dtype: torch.dtype, n: int) -> None:
-    working = working_dtype(dtype)
-    grad = data("normal", n, dtype)
-    for residual in (None, data("spread", n, working, seed=1)):
-        original = grad.to(working) if residual is None else grad.to(working) + residual
-        for layout, b, index in cases(n):
-            for keep in (index[:0], index[::3].clone(), increasing(layout.length // 2, layout.length, seed=9), index):
-                x = torch.full((n,), -7.0, dtype=working)
-                expected = x.clone()
-                kept = set(keep.tolist())
-                for i, j in stored(index, layout, b):
-                    if index[i].item() not in kept:
-                        expected[j] = original[j]
-                kernels.restore(x, grad, residual, index, keep, layout, b)
-                assert same(x, expected)
 
 
 sparse_lists = st.dictionaries(st.integers(0, 40), st.floats(width=32), max_size=30)

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparcomm import wire
 from sparcomm.kernels import cpu, reference
 from sparcomm.layout import Layout, contiguous, dealt, whole
 
@@ -39,11 +38,6 @@ def data(kind: str, n: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     elif kind == "spread":
         x = x * torch.logspace(-6, 4, n, dtype=torch.float64)
     return x.to(dtype)
-
-
-def blank(layout: Layout) -> tuple[Tensor, Tensor]:
-    """Statistics full of rubbish, and clear flags."""
-    return torch.full((layout.blocks, wire.BINS), -77), torch.zeros(1, dtype=torch.uint8)
 
 
 def block_of(x: Tensor, layout: Layout, block: int) -> Tensor:

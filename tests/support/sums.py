@@ -28,11 +28,12 @@ def normals(n: int, rank: int, seed: int, dtype: torch.dtype = torch.float32) ->
 
 
 def steps(
-    algorithm: Algorithm, gradients: list[list[Tensor]], transport: Transport
+    algorithm: Algorithm, gradients: list[list[Tensor]], transport: Transport, wants_total: bool = True
 ) -> tuple[list[Reduced], State, list[Traffic]]:
     """Feeds this rank's ``gradients[step][rank]`` through ``algorithm`` with error feedback; traffic of every step."""
     first = gradients[0][transport.rank]
     state = algorithm.init(first.numel(), first.dtype, first.device, transport.size)
+    state.wants_total = wants_total
     residual, done, traffic = None, [], []
     for step, by_rank in enumerate(gradients):
         before = vars(transport.traffic).copy()
@@ -44,9 +45,11 @@ def steps(
     return done, state, traffic
 
 
-def simulate(algorithm: Algorithm, gradients: list[list[Tensor]]) -> list[tuple[list[Reduced], State, list[Traffic]]]:
+def simulate(
+    algorithm: Algorithm, gradients: list[list[Tensor]], wants_total: bool = True
+) -> list[tuple[list[Reduced], State, list[Traffic]]]:
     """``steps`` on every rank of a simulated group: one result per rank."""
-    return sim.run(len(gradients[0]), lambda t: steps(algorithm, gradients, t)).results
+    return sim.run(len(gradients[0]), lambda t: steps(algorithm, gradients, t, wants_total)).results
 
 
 def recycled(algorithm: Algorithm, gradients: list[list[Tensor]]) -> list[list[Reduced]]:

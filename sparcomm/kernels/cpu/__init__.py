@@ -6,6 +6,8 @@ threads as there are ranks in the process.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +16,14 @@ from torch import Tensor
 
 from sparcomm import wire
 from sparcomm.errors import SparcommError
-from sparcomm.kernels.cpu import _code, _count, _select, _sparse
+from sparcomm.kernels.cpu import _code, _round, _sparse
+from sparcomm.kernels.cpu.working import SIGNED, Lists, streams
+from sparcomm.kernels.interface import Working
 from sparcomm.layout import Layout
 from sparcomm.sparse import Sparse
 
 _VIEWS = {torch.bfloat16: np.uint16, torch.float16: np.int16}
-_UNSIGNED = {torch.float32: np.uint32, torch.float64: np.uint64}
-_SIGNED = {torch.float32: np.int32, torch.float64: np.int64}
+_WIDTHS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NARROW = {
     torch.float32: _code.narrow_float32,
     torch.bfloat16: _code.narrow_bfloat16,
@@ -28,43 +31,39 @@ _NARROW = {
 }
 
 
-def compensate(
-    grad: Tensor, residual: Tensor | None, out: Tensor, stats: Tensor, layout: Layout, flags: Tensor
-) -> None:
-    """Writes grad + residual and its histogram."""
+def compensate(grad: Tensor, residual: Tensor | None, out: Tensor, layout: Layout, k: int, flags: Tensor) -> Working:
+    """Writes grad + residual, and lists what is likely to be selected."""
     _check_length(layout, grad, residual, out)
-    _check_stats(layout, stats)
-    old = None if residual is None else _array(residual)
-    bits = _array(out).view(_UNSIGNED[out.dtype])
-    _count.tally(_array(grad), old, _array(out), bits, *_cut(layout), _array(stats), _array(flags))
+    x = _array(out)
+    floor = np.empty(layout.blocks, SIGNED[x.dtype])
+    work = Lists(out, layout, x, _array(flags), layout.slot.numpy(), floor)
+    work.fill(_array(grad), None if residual is None else _array(residual), layout.owner.numpy(), k)
+    return work
 
 
-def histogram(x: Tensor, stats: Tensor, layout: Layout, flags: Tensor) -> None:
-    """Magnitudes per block and bin."""
-    _check_length(layout, x)
-    _check_stats(layout, stats)
-    bits = _array(x).view(_UNSIGNED[x.dtype])
-    _count.tally(None, None, _array(x), bits, *_cut(layout), _array(stats), _array(flags))
+def select(work: Working, block: int, k: int) -> tuple[Tensor, Tensor]:
+    """Positions and sums of the k largest magnitudes."""
+    lists = _lists(work, block)
+    if not 0 <= k <= work.layout.length:
+        raise SparcommError(f"select: k={k} must be in [0, {work.layout.length}], the length of a block")
+    index, value = lists.select(block, k)
+    return torch.from_numpy(index), torch.from_numpy(value)
 
 
-def select(x: Tensor, k: int, stats: Tensor, layout: Layout, block: int) -> Tensor:
-    """Local positions of the k largest magnitudes."""
-    _check_length(layout, x)
-    _check_stats(layout, stats, block)
-    if not 0 <= k <= layout.length:
-        raise SparcommError(f"select: k={k} must be in [0, {layout.length}], the length of a block")
-    slot, tile = _cut(layout)
-    row = _array(stats)[block]
-    stored = _select.stored(slot, block, tile, layout.numel)
-    # Beyond its elements a block holds only padding: zeros that come after all others.
-    if k == 0 or k >= stored:
-        return torch.arange(k, device="cpu")  # whatever the default device is
-    index = None
-    if row.sum() == stored:
-        index = _select.select(_array(x).view(_SIGNED[x.dtype]), k, row, slot, block, tile)
-    if index is None:
-        raise SparcommError(f"select: row {block} of the statistics is not the histogram of block {block}")
-    return torch.from_numpy(index)
+def merge(work: Working, block: int, index: Tensor, value: Tensor) -> None:
+    """Adds to the sums."""
+    _check_pair(index, value)
+    _lists(work, block).merge(block, _array(index), _array(value))
+
+
+def deduct(work: Working, block: int, value: Tensor) -> None:
+    """Takes what was sent from the sums."""
+    _lists(work, block).deduct(block, _array(value))
+
+
+def settle(work: Working, block: int, index: Tensor) -> None:
+    """Writes sums to out."""
+    _lists(work, block).settle(block, _array(index))
 
 
 def gather(x: Tensor, index: Tensor, layout: Layout, block: int) -> Tensor:
@@ -80,33 +79,32 @@ def subtract(x: Tensor, index: Tensor, value: Tensor, layout: Layout, block: int
     _sparse.subtract(_array(x), _place(x, index, layout, block), _array(value))
 
 
-def merge(
-    x: Tensor, index: Tensor, value: Tensor, layout: Layout, block: int, stats: Tensor | None, flags: Tensor
-) -> None:
-    """x[index] += value; moves the counts from the old bins to the new."""
+def add(x: Tensor, index: Tensor, value: Tensor, layout: Layout, block: int, flags: Tensor) -> None:
+    """x[index] += value."""
     _check_pair(index, value)
-    places = _place(x, index, layout, block)
-    row = None
-    if stats is not None:
-        _check_stats(layout, stats)
-        row = _array(stats)[block]
-    _sparse.merge(_array(x), _array(x).view(_UNSIGNED[x.dtype]), places, _array(value), row, _array(flags))
-
-
-def restore(
-    x: Tensor, grad: Tensor, residual: Tensor | None, index: Tensor, keep: Tensor, layout: Layout, block: int
-) -> None:
-    """Writes grad + residual where index is not in keep."""
-    _check_length(layout, grad, residual)
-    old = None if residual is None else _array(residual)
-    places = _place(x, index, layout, block)
-    _sparse.restore(_array(x), _array(grad), old, _array(index), places, _array(keep))
+    _sparse.add(_array(x), _place(x, index, layout, block), _array(value), _array(flags))
 
 
 def scatter(out: Tensor, index: Tensor, value: Tensor, layout: Layout, block: int) -> None:
     """out[index] = value."""
     _check_pair(index, value)
     _sparse.scatter(_array(out), _place(out, index, layout, block), _array(value))
+
+
+def expand(out: Tensor, index: Sequence[Tensor], value: Sequence[Tensor], layout: Layout) -> None:
+    """Writes all of out."""
+    _check_length(layout, out)
+    if not len(index) == len(value) == layout.blocks:
+        raise SparcommError(f"{len(index)} and {len(value)} lists for {layout.blocks} blocks")
+    for i, v in zip(index, value, strict=True):
+        _check_pair(i, v)
+    first = np.array([0, *itertools.accumulate(i.numel() for i in index)])
+    joined = [t[0] if len(t) == 1 else torch.cat(list(t)) for t in (index, value)]
+    target = _bits(out)
+    streaming = streams(target, layout.owner.numel(), layout.tile)
+    _sparse.expand(
+        target, _array(joined[0]), _bits(joined[1].to(out.dtype)), first, layout.owner.numpy(), layout.tile, streaming
+    )
 
 
 def merge_sum(a: Sparse, b: Sparse) -> Sparse:
@@ -164,6 +162,12 @@ def widen(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype, copy=True)
 
 
+def round_stochastic(x: Tensor, out: Tensor, seed: int) -> None:
+    """Adds 16 random bits below those that bfloat16 keeps, then cuts."""
+    _check_rounding(x, out)
+    _round.round_stochastic(_array(x).view(np.uint32), _array(out), np.uint32(seed & 0xFFFFFFFF))
+
+
 def checksum(words: Tensor) -> Tensor:
     """Sum of mixed words."""
     if words.numel() < wire.HEADER_WORDS:
@@ -180,19 +184,25 @@ def _array(tensor: Tensor) -> Any:
     return tensor.numpy()
 
 
+def _bits(tensor: Tensor) -> Any:
+    return tensor.view(_WIDTHS[tensor.element_size()]).numpy()
+
+
 def _words(tensor: Tensor) -> Any:
     return tensor.numpy().view(np.uint32)
 
 
-def _cut(layout: Layout) -> tuple[Any, int]:
-    return layout.slot.contiguous().numpy(), layout.tile
+def _lists(work: Working, block: int) -> Lists:
+    _check_block(work.layout, block)
+    if not isinstance(work, Lists):
+        raise SparcommError(f"{type(work).__name__} was not made by this implementation's compensate")
+    return work
 
 
 def _place(x: Tensor, index: Tensor, layout: Layout, block: int) -> Any:
     _check_length(layout, x)
     _check_block(layout, block)
-    slot, tile = _cut(layout)
-    return _sparse.place(_array(index), slot, block, tile, layout.numel)
+    return _sparse.place(_array(index), layout.slot.numpy(), block, layout.tile, layout.numel)
 
 
 # Compiled loops do not check bounds: these checks are what makes every access above a safe one.
@@ -212,15 +222,17 @@ def _check_block(layout: Layout, block: int) -> None:
         raise SparcommError(f"block={block} must be in [0, {layout.blocks})")
 
 
-def _check_stats(layout: Layout, stats: Tensor, block: int = 0) -> None:
-    _check_block(layout, block)
-    if stats.shape != (layout.blocks, wire.BINS):
-        raise SparcommError(f"statistics of shape {tuple(stats.shape)}: must be ({layout.blocks}, {wire.BINS})")
-
-
 def _check_pair(index: Tensor, value: Tensor) -> None:
     if index.shape != value.shape:
         raise SparcommError(f"shapes {tuple(index.shape)} and {tuple(value.shape)} must be equal")
+
+
+def _check_rounding(x: Tensor, out: Tensor) -> None:
+    if x.dtype != torch.float32 or out.dtype != torch.bfloat16 or x.shape != out.shape:
+        raise SparcommError(
+            f"stochastic rounding of {x.dtype}{list(x.shape)} to {out.dtype}{list(out.shape)}: "
+            "must be float32 to bfloat16, of one shape"
+        )
 
 
 def _check_code(words: Tensor, k: int, m: int, expected: int) -> None:

@@ -4,7 +4,7 @@ Kernels are serial and release the GIL. Numba's parallel loops abort the process
 its default threading layer, and a rank is meant to have one core: ranks, not loops, are what runs in parallel.
 """
 
-# ruff: noqa: ARG001
+# ruff: noqa: ARG001, ARG005
 # numba hands intrinsics arguments that these do not need, and neither it nor llvmlite is typed; both end in this file.
 # pyright: reportMissingParameterType=false, reportUnknownLambdaType=false
 
@@ -92,13 +92,87 @@ def _prefetch(context, array, place):
     return types.void(array, types.int64), build
 
 
-def _trailing_zeros(context, word):
-    """Zeros below the lowest one of a uint64 that is not 0."""
+def _bare(context, array):
+    """The same array without a count of its owners, whose atomic changes at each slice would drain all stores.
+
+    The array that it was made from has to stay in use as long.
+    """
 
     def build(context, builder, signature, args):
-        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+        view = context.make_array(signature.args[0])(context, builder, args[0])
+        view.meminfo = ir.Constant(view.meminfo.type, None)
+        view.parent = ir.Constant(view.parent.type, None)
+        return view._getvalue()  # noqa: SLF001
+
+    return array(array), build
+
+
+def _reaching(context, bits, place, floor):
+    """Which of the 64 integers from ``bits[place]`` on are at least ``floor``, sign bits apart: one bit each."""
+
+    def build(context, builder, signature, args):
+        integer = ir.IntType(signature.args[0].dtype.bitwidth)
+        vector = ir.VectorType(integer, 64)
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        loaded = builder.load(builder.bitcast(builder.gep(data, [args[1]]), vector.as_pointer()))
+        loaded.align = integer.width // 8
+        magnitude = builder.and_(loaded, ir.Constant(vector, [(1 << (integer.width - 1)) - 1] * 64))
+        first = builder.insert_element(ir.Constant(vector, ir.Undefined), args[2], ir.IntType(32)(0))
+        spread = ir.Constant(ir.VectorType(ir.IntType(32), 64), [0] * 64)
+        least = builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), spread)
+        return builder.bitcast(builder.icmp_signed(">=", magnitude, least), ir.IntType(64))
+
+    return types.uint64(bits, types.int64, bits.dtype), build
+
+
+def _trailing_zeros(context, word):
+    """Zeros below the lowest one of a uint64; 64 if it is 0."""
+
+    def build(context, builder, signature, args):
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
 
     return types.int64(types.uint64), build
+
+
+def _ones(context, word):
+    """How many bits of a uint64 are one."""
+
+    def build(context, builder, signature, args):
+        return builder.ctpop(args[0])
+
+    return types.int64(types.uint64), build
+
+
+def _stream(context, source, at, target, to):
+    """Copies the 64 bytes from ``source[at]`` on to ``target[to]``, a multiple of 64 bytes, past the caches.
+
+    A plain store first reads the line that it is about to overwrite. To be followed by ``fence`` before others look.
+    """
+
+    def build(context, builder, signature, args):
+        line = ir.VectorType(ir.IntType(32), 16).as_pointer()
+        pointers = [
+            builder.bitcast(builder.gep(context.make_array(kind)(context, builder, array).data, [place]), line)
+            for kind, array, place in ((source, args[0], args[1]), (target, args[2], args[3]))
+        ]
+        loaded = builder.load(pointers[0])
+        loaded.align = 1
+        stored = builder.store(loaded, pointers[1])
+        stored.align = 64
+        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, target, types.int64), build
+
+
+def _fence(context):
+    """Makes what was streamed visible to other threads before anything that follows."""
+
+    def build(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), build
 
 
 def _float_of(context, bits):
@@ -121,7 +195,12 @@ def _bits_of(context, value):
 
 load64: Any = intrinsic(_load64)
 prefetch: Any = intrinsic(_prefetch)
+bare: Any = intrinsic(_bare)
+reaching: Any = intrinsic(_reaching)
 trailing_zeros: Any = intrinsic(_trailing_zeros)
+ones: Any = intrinsic(_ones)
+stream: Any = intrinsic(_stream)
+fence: Any = intrinsic(_fence)
 float_of: Any = intrinsic(_float_of)
 bits_of: Any = intrinsic(_bits_of)
 
@@ -161,3 +240,47 @@ def next_piece(slot: Any, r: int, block: int, tile: int, lo: int) -> int:
     if lo + PIECE < (r * blocks + slot[r, block] + 1) * tile:
         return lo + PIECE
     return ((r + 1) * blocks + slot[r + 1, block]) * tile if r + 1 < slot.shape[0] else lo
+
+
+def span(array: Any, lo: Any, size: Any) -> Any:
+    """In kernels: ``array[lo : lo + size]``, or None of None.
+
+    An index into it that counts from 0 is known not to be negative: no test per element.
+    """
+    raise TypeError("for compiled code only")
+
+
+@overload(span)
+def _span(array, lo, size):
+    if isinstance(array, types.NoneType):
+        return lambda array, lo, size: None
+    return lambda array, lo, size: bare(array)[lo : lo + size]
+
+
+def fetch(array: Any, lo: Any, size: Any) -> None:
+    """In kernels: asks for ``array[lo : lo + size]``, which need not exist; nothing if array is None."""
+    raise TypeError("for compiled code only")
+
+
+@overload(fetch)
+def _fetch(array, lo, size):
+    if isinstance(array, types.NoneType):
+        return lambda array, lo, size: None
+    return _fetch_lines
+
+
+def _fetch_lines(array, lo, size):
+    for i in range(lo, lo + size, 64 // array.itemsize):
+        prefetch(array, i)
+
+
+@jit
+def copy(source: Any, out: Any, lo: int, size: int, streaming: bool) -> None:
+    """Copies the first ``size`` elements of ``source`` to ``out[lo:]``, past the caches if ``streaming``."""
+    lane = 64 // out.itemsize
+    even = size // lane * lane if streaming else 0
+    for i in range(0, even, lane):
+        stream(source, i, out, lo + i)
+    rest, target = span(source, even, size - even), span(out, lo + even, size - even)
+    for i in range(target.size):
+        target[i] = rest[i]

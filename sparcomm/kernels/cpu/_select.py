@@ -1,7 +1,7 @@
-"""Exact top-k of a block: from the histogram's boundary bin, one compaction, and a radix cut of what is left.
+"""Exact top-k: of a list of candidates by radix, and of a whole block where the list does not hold enough of them.
 
-No sort and no partition. The compaction collects 64 comparisons at a time into one word, which the compiler
-turns into vector compares and mask moves, and then visits the ones: at low density nearly every word is zero.
+No sort and no partition. A block is counted, and what lies at or above the boundary bin is compacted: 64 comparisons at
+a time give one word, whose ones are visited; at low density nearly every word is zero.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from sparcomm import wire
-from sparcomm.kernels.cpu._jit import PIECE, jit, next_piece, prefetch, trailing_zeros
+from sparcomm.errors import SparcommError
+from sparcomm.kernels.cpu._jit import PIECE, jit, next_piece, prefetch, reaching, span, trailing_zeros
 
 BINS = wire.BINS
 DIGIT = 11  # bits per refinement
@@ -29,6 +30,54 @@ def boundary(row: Any, above: int, k: int) -> tuple[int, int]:
         above += row[b]
         b -= 1
     return b, above
+
+
+@jit
+def kth(bits: Any, k: int) -> tuple[int, int]:
+    """The k-th largest magnitude of at least k >= 1, and how many are larger."""
+    mask = np.iinfo(bits.dtype).max
+    row = np.zeros(1 << DIGIT, np.int64)
+    prefix = above = 0
+    shift = 8 * bits.itemsize - 1
+    while shift > 0:
+        width = min(shift, DIGIT)
+        shift -= width
+        row[:] = 0
+        for i in range(bits.size):
+            key = bits[i] & mask
+            row[(key >> shift) & ((1 << width) - 1)] += key >> (shift + width) == prefix
+        digit, above = boundary(row, above, k)
+        prefix = (prefix << width) | digit
+    return prefix, above
+
+
+@jit
+def choose(index: Any, value: Any, bits: Any, floor: int, index_out: Any, value_out: Any, place: Any) -> bool:
+    """Writes the k = place.size largest of a sorted list, ties to the first, and their places in the list.
+
+    False if fewer than k reach ``floor``. ``bits``: value as int32 or int64.
+    """
+    mask = np.iinfo(bits.dtype).max
+    k, reached = place.size, 0
+    for i in range(bits.size):
+        reached += (bits[i] & mask) >= floor
+    if reached < k:
+        return False
+    if k == 0:
+        return True
+    least, above = kth(bits, k)
+    ties, found = k - above, 0
+    for i in range(bits.size):
+        key = bits[i] & mask
+        tie = key == least
+        index_out[found] = index[i]
+        value_out[found] = value[i]
+        place[found] = i
+        found += key > least or (tie and ties > 0)
+        ties -= tie
+        if found == k:
+            break
+    return found == k
 
 
 @jit
@@ -61,15 +110,12 @@ def compact(bits: Any, mask: Any, least: Any, slot: Any, block: int, tile: int, 
         for lo in range(start, min(start + tile, bits.size), PIECE):
             ahead = next_piece(slot, r, block, tile, lo)
             local = r * tile + lo - start
-            # A slice, because an index that counts from 0 is known not to be negative: no test per element.
-            run = bits[lo : min(lo + PIECE, start + tile)]
+            run = span(bits, lo, min(PIECE, start + tile - lo, bits.size - lo))
             vector = run.size // 64 * 64
             for i in range(0, vector, 64):
                 for j in range(0, 64, line):
                     prefetch(bits, ahead + i + j)
-                word = U(0)
-                for j in range(64):
-                    word |= U((run[i + j] & mask) >= least) << U(j)
+                word = reaching(run, i, least)
                 if word and found + 64 > out.size:
                     return STALE
                 while word:
@@ -139,27 +185,26 @@ def cut(key: Any, index: Any, prefix: int, shift: int, above: int, out: Any) -> 
     return found
 
 
-def stored(slot: Any, block: int, tile: int, numel: int) -> int:
+@jit
+def stored_in(slot: Any, block: int, tile: int, numel: int) -> int:
     """Elements of a block, without padding, which only its last tile has."""
     rounds, blocks = slot.shape
     if not rounds:
         return 0
-    start = ((rounds - 1) * blocks + int(slot[-1, block])) * tile
+    start = ((rounds - 1) * blocks + slot[rounds - 1, block]) * tile
     return (rounds - 1) * tile + min(max(numel - start, 0), tile)
 
 
-def select(bits: Any, k: int, row: Any, slot: Any, block: int, tile: int) -> Any:
-    """(k,) sorted local positions, or None if ``row`` is not the histogram of this block.
+def top(bits: Any, k: int, row: Any, slot: Any, block: int, tile: int) -> Any:
+    """(k,) sorted local positions of a whole block's largest.
 
-    ``bits``: the vector as int32 or int64; k does not exceed the block's elements.
+    ``bits``: the vector as int32 or int64; 0 < k < the block's elements; ``row``: the block's histogram.
     """
     integer = bits.dtype.type
     mask = integer(np.iinfo(bits.dtype).max)
     shift = 8 * bits.itemsize - 1 - DIGIT
     prefix, above = boundary(row, 0, k)
     inside = int(row[prefix])
-    if not 0 <= above < k <= above + inside <= bits.size:
-        return None
     # Many zeros, or many equals: rather than collect most of the vector, look at more bits of it first.
     while shift and above + inside > 2 * k + BINS:
         width = min(shift, DIGIT)
@@ -173,11 +218,11 @@ def select(bits: Any, k: int, row: Any, slot: Any, block: int, tile: int) -> Any
     key = np.empty(candidates.size, bits.dtype)
     if capacity:
         found = compact(bits, mask, integer(least), slot, block, tile, candidates, key)
-    if found != capacity:
-        return None
     out = np.empty(k, np.int64)
     if shift:
         found = cut(key[:found], candidates[:found], prefix, shift, above, out)
     else:
         found = add_ties(bits, mask, integer(prefix), candidates[:found], slot, block, tile, out)
-    return out if found == k else None
+    if found != k:
+        raise SparcommError("the vector was changed while its largest elements were being selected")
+    return out

@@ -1,4 +1,4 @@
-"""Loops over sparse positions: reading, adding, restoring, and the sum of two sorted lists."""
+"""Loops over sparse positions: reading, adding, writing out, and sums of sorted lists."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from sparcomm import wire
-from sparcomm.kernels.cpu._jit import jit, widen
+from sparcomm.kernels.cpu._compensate import infinity, peak
+from sparcomm.kernels.cpu._jit import PIECE, bare, copy, fence, jit
 
-BINS = wire.BINS
 NONFINITE = wire.NONFINITE
 DAMAGED = wire.DAMAGED
 PADDING = -1
@@ -59,39 +59,108 @@ def scatter(out: Any, places: Any, value: Any) -> None:
 
 
 @jit
-def merge(x: Any, bits: Any, places: Any, value: Any, row: Any, flags: Any) -> None:
-    """x[places] += value; moves counts in row (None: no statistics). bits: x as uint32 or uint64."""
-    shift = np.uint64(20 if bits.itemsize == 4 else 52)
-    mask = np.uint64(BINS - 1)
+def add(x: Any, places: Any, value: Any, flags: Any) -> None:
+    """x[places] += value."""
     for i in range(places.size):
         j = places[i]
-        if j < 0:
-            if j == OUTSIDE:
-                flags[0] |= DAMAGED
-            continue
-        if row is not None:
-            row[(bits[j] >> shift) & mask] -= 1
-        x[j] += value[i]
-        if row is not None:
-            row[(bits[j] >> shift) & mask] += 1
-        if not np.isfinite(x[j]):
-            flags[0] |= NONFINITE
+        if j >= 0:
+            x[j] += value[i]
+            if not np.isfinite(x[j]):
+                flags[0] |= NONFINITE
+        elif j == OUTSIDE:
+            flags[0] |= DAMAGED
 
 
 @jit
-def restore(x: Any, grad: Any, residual: Any, index: Any, places: Any, keep: Any) -> None:
-    """Writes grad + residual at places whose index is not in keep."""
-    q = 0
-    for i in range(index.size):
-        while q < keep.size and keep[q] < index[i]:
-            q += 1
+def absorb(
+    index: Any, value: Any, more: Any, places: Any, extra: Any, x: Any, index_out: Any, value_out: Any, flags: Any
+) -> int:
+    """Adds ``extra`` at positions ``more`` to a sorted list of positions and sums; how many the result has.
+
+    What is not in the list yet starts from ``x[places]``. The results have room for both lists.
+    """
+    position, own, rest = np.empty(more.size, np.int64), np.empty(more.size, x.dtype), np.empty(more.size, x.dtype)
+    kept = 0
+    for i in range(more.size):
         j = places[i]
-        if j < 0 or (q < keep.size and keep[q] == index[i]):
-            continue
-        if residual is None:
-            x[j] = widen(grad[j])
-        else:
-            x[j] = widen(grad[j]) + residual[j]
+        if j >= 0:
+            position[kept], own[kept], rest[kept] = more[i], x[j], extra[i]
+            kept += 1
+        elif j == OUTSIDE:
+            flags[0] |= DAMAGED
+    a = b = found = 0
+    # Without a branch on which list is ahead, which nobody could guess.
+    while a < index.size and b < kept:
+        here, there, listed, new = index[a], position[b], value[a], own[b]
+        left, right = here <= there, there <= here
+        start = listed if left else new
+        total = start + rest[b]
+        index_out[found] = here if left else there
+        value_out[found] = total if right else start
+        a, b, found = a + left, b + right, found + 1
+    for i in range(a, index.size):
+        index_out[found], value_out[found] = index[i], value[i]
+        found += 1
+    for i in range(b, kept):
+        index_out[found], value_out[found] = position[i], own[i] + rest[i]
+        found += 1
+    return found
+
+
+@jit
+def note_nonfinite(bits: Any, flags: Any) -> None:
+    """Sets a flag if any value, given as int32 or int64, is inf or NaN."""
+    if peak(bits) >= infinity(bits):
+        flags[0] |= NONFINITE
+
+
+@jit
+def deduct(value: Any, place: Any, less: Any) -> None:
+    """value[place] -= less."""
+    for i in range(place.size):
+        value[place[i]] -= less[i]
+
+
+@jit
+def common(index: Any, wanted: Any, out: Any) -> int:
+    """Places in the sorted ``index`` of what the sorted ``wanted`` has, too; how many. ``out``: room for one more."""
+    a = b = found = 0
+    while a < index.size and b < wanted.size:
+        here, there = index[a], wanted[b]
+        left, right = here <= there, there <= here
+        out[found] = a
+        a, b, found = a + left, b + right, found + (left and right)
+    return found
+
+
+@jit
+def expand(out: Any, index: Any, value: Any, first: Any, owner: Any, tile: int, streaming: bool) -> None:
+    """Writes all of ``out``: values at their positions, else zeros.
+
+    ``index``, ``value``: the blocks' sorted lists one after the other, block b's from ``first[b]`` to ``first[b + 1]``.
+    """
+    rounds, blocks = owner.shape
+    room = np.zeros(PIECE, out.dtype)
+    scratch, start = bare(room), first.copy()
+    for t in range(rounds * blocks):
+        b = owner[t // blocks, t % blocks]
+        stop = min((t + 1) * tile, out.size)
+        for lo in range(t * tile, stop, PIECE):
+            size = min(PIECE, stop - lo)
+            local = (t // blocks - t) * tile + lo
+            at = begin = start[b]
+            while at < first[b + 1] and index[at] < local + size:
+                if index[at] >= local:
+                    scratch[index[at] - local] = value[at]
+                at += 1
+            copy(scratch, out, lo, size, streaming)
+            for i in range(begin, at):
+                if index[i] >= local:
+                    scratch[index[i] - local] = 0
+            start[b] = at
+    if streaming:
+        fence()
+    room[0] = 0  # alive until here
 
 
 @jit

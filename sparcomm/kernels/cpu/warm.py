@@ -23,33 +23,33 @@ def warm_up() -> None:
         for dtype in (torch.float32, torch.float64):
             _value_kernels(dtype)
         _code_kernels()
+        cpu.round_stochastic(torch.ones(3), torch.empty(3, dtype=torch.bfloat16), 0)
 
 
 def _gradient_kernels(dtype: torch.dtype) -> None:
-    n, layout = 96, dealt(96, 1)
-    grad = torch.linspace(-1, 1, n).to(dtype)
+    n, layout = 1 << 15, dealt(1 << 15, 1)
+    flags = torch.zeros(1, dtype=torch.uint8)
+    some = torch.linspace(1, 1.01, n).to(dtype)
     out = torch.empty(n, dtype=working_dtype(dtype))
-    stats, flags = torch.empty(1, wire.BINS, dtype=torch.int64), torch.zeros(1, dtype=torch.uint8)
     index = torch.arange(3)
-    for residual in (None, torch.zeros_like(out)):
-        cpu.compensate(grad, residual, out, stats, layout, flags)
-        cpu.restore(out, grad, residual, index, index[:1], layout, 0)
+    for grad in (some, torch.ones_like(some)):  # few and many candidates take different ways
+        for residual in (None, torch.zeros_like(out)):
+            for k in (1, n // 2):
+                work = cpu.compensate(grad, residual, out, layout, k, flags)
+                cpu.merge(work, 0, index, torch.ones(3, dtype=out.dtype))
+                cpu.deduct(work, 0, cpu.select(work, 0, n // 2)[1])
+                cpu.settle(work, 0, index)
+    cpu.expand(grad, [index], [out[:3]], layout)
 
 
 def _value_kernels(dtype: torch.dtype) -> None:
-    n, layout = 1 << 15, dealt(1 << 15, 1)
-    x = torch.linspace(1, 1.01, n, dtype=dtype)
-    stats, flags = torch.empty(1, wire.BINS, dtype=torch.int64), torch.zeros(1, dtype=torch.uint8)
-    for some in (x, torch.ones_like(x)):  # few and many candidates take different ways
-        cpu.histogram(some, stats, layout, flags)
-        cpu.select(some, n // 2, stats, layout, 0)
-        cpu.select(some, 1, stats, layout, 0)
+    n, layout = 96, dealt(96, 1)
+    x, flags = torch.linspace(-1, 1, n, dtype=dtype), torch.zeros(1, dtype=torch.uint8)
     index = torch.arange(3)
     value = cpu.gather(x, index, layout, 0)
     cpu.subtract(x, index, value, layout, 0)
     cpu.scatter(x, index, value, layout, 0)
-    cpu.merge(x, index, value, layout, 0, stats, flags)
-    cpu.merge(x, index, value, layout, 0, None, flags)
+    cpu.add(x, index, value, layout, 0, flags)
     cpu.merge_sum(Sparse(index, value, n), Sparse(index, value, n))
     for wire_dtype in WIRE_DTYPES.values():
         cpu.narrow(value, torch.empty(3, dtype=wire_dtype))
