@@ -30,24 +30,36 @@ if TYPE_CHECKING:
     from sparcomm.algorithms.topk import TopKAllGather
     from sparcomm.config import algorithm_from_config
     from sparcomm.ddp import HookState, attach, hook
+    from sparcomm.ddp.monitor import Check
+    from sparcomm.ddp.schedule import DensityWarmup, Refresh, Schedule
+    from sparcomm.ddp.tensorboard import Recorder
+    from sparcomm.feedback import AdamCorrection, ErrorFeedback, MomentumCorrection
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdamCorrection",
     "Algorithm",
+    "Check",
     "CheckpointError",
     "CommunicationError",
     "ConfigError",
     "ConfigMismatch",
     "DamagedBag",
     "Dense",
+    "DensityWarmup",
     "DisagreementError",
+    "ErrorFeedback",
     "GradientError",
     "HookError",
     "HookState",
+    "MomentumCorrection",
     "NotInitializedError",
     "PeerError",
+    "Recorder",
+    "Refresh",
     "RemoteError",
+    "Schedule",
     "SparDL",
     "SparcommError",
     "TopKAllGather",
@@ -63,7 +75,15 @@ _HOME = {
     "SparDL": "sparcomm.algorithms.spardl",
     "TopKAllGather": "sparcomm.algorithms.topk",
     "algorithm_from_config": "sparcomm.config",
+    "AdamCorrection": "sparcomm.feedback",
+    "Check": "sparcomm.ddp.monitor",
+    "DensityWarmup": "sparcomm.ddp.schedule",
+    "ErrorFeedback": "sparcomm.feedback",
     "HookState": "sparcomm.ddp",
+    "MomentumCorrection": "sparcomm.feedback",
+    "Recorder": "sparcomm.ddp.tensorboard",
+    "Refresh": "sparcomm.ddp.schedule",
+    "Schedule": "sparcomm.ddp.schedule",
     "attach": "sparcomm.ddp",
     "hook": "sparcomm.ddp",
 }

@@ -48,7 +48,15 @@ class CommunicationError(SparcommError, RuntimeError):
 
 
 class PeerError(CommunicationError):
-    """Waiting on another rank failed; the message names step, peer and tag."""
+    """Waiting on another rank failed; the message names step, peer and tag.
+
+    Attributes:
+        ranks: those that are known to be the cause: dead, stopped, gone or late; () where that cannot be told.
+    """
+
+    def __init__(self, text: str, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(text)
+        self.ranks = ranks
 
 
 class DisagreementError(CommunicationError):

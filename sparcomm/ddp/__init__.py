@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from sparcomm.ddp.attach import attach
+from sparcomm.ddp.distcp import load_distributed
 from sparcomm.ddp.hook import hook
 from sparcomm.ddp.state import HookState
 
-__all__ = ["HookState", "attach", "hook"]
+__all__ = ["HookState", "attach", "hook", "load_distributed"]

@@ -3,44 +3,84 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from sparcomm.algorithms.base import Algorithm
 from sparcomm.ddp.hook import hook
+from sparcomm.ddp.monitor import Check
+from sparcomm.ddp.schedule import Schedule
+from sparcomm.ddp.skip import Rule
 from sparcomm.ddp.state import HookState
 from sparcomm.errors import ConfigError
+from sparcomm.feedback import Memory
 
 # Where trainers and wrappers that are no nn.Module keep the model: Lightning, Hugging Face, torch.compile, ...
 _ATTRIBUTES = ("module", "model", "model_wrapped", "_forward_module", "_orig_mod", "strategy", "trainer")
 _DEPTH = 4
 
 
-def attach(module: Any, algorithm: Algorithm, *, timeout: dt.timedelta | float = 300.0) -> HookState:
+def attach(
+    module: Any, algorithm: Algorithm, *, scaler: Any = None, optimizer: Optimizer | None = None,
+    memory: Memory | None = None, warmup: int | Schedule | Callable[[int], float | None] = 0,
+    skip: Rule | Sequence[Rule] = (), storage: str = "float32", local_clip: float | None = None,
+    lr_aware: bool | float = False, auto_off: bool = False, check: Check | None = None,
+    timeout: dt.timedelta | float = 300.0,
+) -> HookState:  # fmt: skip
     """Makes a DDP module reduce its gradients with ``algorithm``. Collective.
 
     Args:
-        module: a DistributedDataParallel module, or anything that holds exactly one: a compiled module, another module,
-            a trainer.
+        module: a DistributedDataParallel module, or anything that holds exactly one: a compiled module, a trainer, ...
         algorithm: for example ``sparcomm.SparDL(density=0.01)``.
+        scaler: the ``torch.amp.GradScaler`` in use; what is owed is then kept without the loss scale.
+        optimizer: the one in use; for ``lr_aware``, and for a warning where it does not go well with the rest.
+        memory: ``sparcomm.ErrorFeedback()`` (default), ``sparcomm.MomentumCorrection(momentum=0.9)`` in place of SGD's
+            momentum, or ``sparcomm.AdamCorrection(beta2=0.999)`` in place of Adam; both want SGD without momentum.
+        warmup: so many dense steps first; or a schedule such as ``sparcomm.DensityWarmup(steps=1000)``; or a callable
+            that gives the density of a step by its number, None for a dense one, the same on all ranks.
+        skip: parameters that always travel dense: "biases", "norms", patterns of names, a number of elements below
+            which one is skipped, a callable(name, parameter), or several of these. Other units, too, travel dense
+            wherever that takes fewer bytes.
+        storage: of what is owed, between steps: "float32" (the working dtype), "bfloat16" (stochastic rounding), or
+            "pinned" host memory.
+        local_clip: every rank's own gradient is limited to this Euclidean norm before error feedback (each unit to the
+            root of its share of the elements); what is cut is dropped.
+        lr_aware: what is owed follows the learning rate, for SGD: multiplied by old over new rate, within 1/10 to 10,
+            or within the bound given.
+        auto_off: time the first steps both ways, and stay dense if compression does not pay on this link.
+        check: a ``sparcomm.Check``: look now and then at what compression does.
         timeout: seconds (or a timedelta) after which waiting for another rank is an error.
 
     Returns:
-        The hook's state, for statistics, checkpoints and ``close``.
+        The hook's state, for statistics, clipping, checkpoints and ``close``.
 
     Raises:
-        ConfigError: no DDP module, several, one that has a communication hook already, or not an algorithm.
+        ConfigError: no DDP module, several, or one with a communication hook; a setting outside what is allowed.
         ConfigMismatch: ranks have different algorithms, settings or releases; raised on all ranks.
         NotInitializedError: no process group.
         PeerError, RemoteError: a rank did not come in time, or failed.
 
     Warns:
         RuntimeWarning: after the first synchronised backward pass, if it called no hook.
+        UserWarning: once, for a sparse algorithm whose optimizer is known to train badly with it.
     """
     ddp = find_ddp(module)
-    state = HookState(algorithm, ddp, timeout=timeout)
+    state = HookState(
+        algorithm, ddp, scaler=scaler, optimizer=optimizer, memory=memory, warmup=warmup, skip=skip, storage=storage,
+        local_clip=local_clip, lr_aware=lr_aware, auto_off=auto_off, check=check, timeout=timeout,
+    )  # fmt: skip
+    _register(ddp, state)
+    state.start()
+    state.watch(ddp.parameters(), "register it on the module that is trained: sparcomm.attach(ddp, algorithm)")
+    return state
+
+
+def _register(ddp: DistributedDataParallel, state: HookState) -> None:
+    """Takes the module's one hook slot. Raises ConfigError if it is taken."""
     hooks: list[tuple[Any, Any]] = ddp._comm_hooks  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
     for entry in list(hooks):
         if isinstance(entry[1], HookState) and entry[1].is_copy:  # left by copy.deepcopy, and never called
@@ -56,9 +96,6 @@ def attach(module: Any, algorithm: Algorithm, *, timeout: dt.timedelta | float =
             f"this DDP module has a communication hook already ({names or 'mixed_precision= or a built-in one'}), and "
             "can have only one: make a new DDP module, without mixed_precision= and without another hook"
         ) from error
-    state.start()
-    state.watch(ddp.parameters(), "register it on the module that is trained: sparcomm.attach(ddp, algorithm)")
-    return state
 
 
 def find_ddp(module: Any) -> DistributedDataParallel:

@@ -1,13 +1,15 @@
-"""A bucket's way back to DDP: a future that completes when all units with parameters in it have been reduced."""
+"""A bucket's way in, and back to DDP: a future that completes when all units with parameters in it are reduced."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 from torch import Tensor
 from torch.futures import Future
 
-from sparcomm.errors import HookError
+from sparcomm.dtypes import check_gradient
+from sparcomm.errors import GradientError, HookError
 
 
 class Delivery:
@@ -54,3 +56,21 @@ class Delivery:
                 return
             self._done = True
         self._future.set_exception(HookError(text))  # pyright: ignore[reportArgumentType]  torch's own annotation is wrong
+
+
+def check_bucket(buffer: Tensor, params: Sequence[Tensor]) -> None:
+    """Raises GradientError unless the bucket is one flat float vector of its parameters' gradients.
+
+    DDP hands a complex gradient over as a real vector of twice the length.
+    """
+    for p in params:
+        if p.is_complex():
+            raise GradientError(
+                f"gradient has dtype {p.dtype}, and only real ones can be compressed: keep the parameter as a real "
+                "tensor with a last dimension of 2, and use torch.view_as_complex on it in forward()"
+            )
+    check_gradient(buffer)
+    if buffer.numel() != sum(p.numel() for p in params):
+        raise GradientError(
+            f"a bucket of {buffer.numel()} elements does not match its parameters of {[p.shape for p in params]}"
+        )

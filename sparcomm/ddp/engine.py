@@ -3,32 +3,45 @@
 from __future__ import annotations
 
 import atexit
+import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.futures import Future
 
 from sparcomm.algorithms.base import Algorithm
-from sparcomm.clock import PHASES
-from sparcomm.ddp import agreement
-from sparcomm.ddp.board import Board
-from sparcomm.ddp.delivery import Delivery
+from sparcomm.clock import PHASES, Range
+from sparcomm.ddp import agreement, log
+from sparcomm.ddp.board import Board, ending
+from sparcomm.ddp.clip import NormBound
+from sparcomm.ddp.cutter import Cutter
+from sparcomm.ddp.delivery import Delivery, check_bucket
+from sparcomm.ddp.join import Use, has_joined
 from sparcomm.ddp.lane import Lane, lane_for
+from sparcomm.ddp.monitor import Monitor
+from sparcomm.ddp.numbers import gather_numbers
+from sparcomm.ddp.options import Options
+from sparcomm.ddp.planner import Planner
+from sparcomm.ddp.reduction import Reducer
+from sparcomm.ddp.rollcall import Standing, standing_of
 from sparcomm.ddp.step import Step
 from sparcomm.ddp.units import Carried, Partition
 from sparcomm.ddp.worker import Inline, Worker
-from sparcomm.dtypes import check_gradient
-from sparcomm.errors import GradientError, HookError
+from sparcomm.errors import DamagedBag, HookError
 from sparcomm.kernels import warm_up
 from sparcomm.transport.torchdist import TorchTransport
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -38,6 +51,8 @@ class Engine:
         group: DDP's process group; the engine talks over a new one of its own.
         parameters: those to be reduced, as far as known; compared between ranks.
         timeout: seconds after which a wait for another rank is an error.
+        options: how the algorithm is fed.
+        skipped: ids of the parameters that always travel dense.
 
     Attributes:
         completed: synchronised steps that have ended, skipped ones included.
@@ -51,44 +66,60 @@ class Engine:
     """
 
     def __init__(
-        self, algorithm: Algorithm, group: dist.ProcessGroup, parameters: Sequence[Tensor], timeout: float
-    ) -> None:
+        self, algorithm: Algorithm, group: dist.ProcessGroup, parameters: Sequence[Tensor], timeout: float,
+        options: Options, skipped: set[int],
+    ) -> None:  # fmt: skip
         self.algorithm, self.rank, self.size = algorithm, dist.get_rank(group), dist.get_world_size(group)
         self.completed, self._skipped = 0, 0
         self.failure: BaseException | None = None
-        self.partition, self.carried = Partition(), Carried()
+        self._parameters = list(parameters)
         self._retired: dict[str, float] = dict.fromkeys(PHASES, 0.0)  # seconds of units that are gone
         if not parameters or any(p.device.type == "cpu" for p in parameters):
             warm_up()  # before anyone waits for anyone: compiling may take longer than a short timeout
-        self._board = Board(group, timeout)
+        self._open: list[Delivery] = []
+        self._rested: float | None = None  # when the last step ended; None = not at work yet, or the device is
+        self._closed, self._process = False, os.getpid()
+        self._board = Board(group, timeout, standing_of(self))
         try:
-            mine = agreement.configuration(algorithm, self.size, parameters)
+            mine = agreement.configuration(algorithm, self.size, parameters) | options.describe()
+            mine["skipped parameters"] = str(sum(id(p) in skipped for p in parameters))
             agreement.compare(self._board.exchange("configuration", mine))
             device = parameters[0].device if parameters else None
-            self.transport = TorchTransport.from_group(group, device=device, timeout=timeout)
+            self.transport = TorchTransport.from_group(
+                group, device=device, timeout=self._board.wait, name=self._board.token
+            )
         except Exception as error:  # noqa: BLE001
-            raise error if isinstance(error, agreement.AGREED) else self._board.report(error) from None
+            shown = error if isinstance(error, agreement.AGREED) else self._board.report(error)
+            self._board.close()
+            raise shown from None
+        self.log = log.get_logger(self.rank, self.size)
+        self.monitor = None if options.check is None else Monitor(options.check, self.transport, self.log)
+        self.reducer = Reducer(options, self.transport, self.monitor, sum(p.numel() for p in parameters))
+        self.norms = NormBound(self.reducer)
+        self.planner = Planner(algorithm, options, self.log, self._limit_crossed)
+        self.cutter = Cutter(algorithm, self.size, options, self.reducer.storage, skipped)
+        self.partition, self.carried = self.cutter.partition(), Carried()
         self._on_nccl = "cuda:nccl" in dist.get_backend_config(group)
         self._on_host = True
         self._executor: Worker | Inline = Worker(f"sparcomm-{self.rank}")
         self._lanes: dict[object, Lane] = {}
         self._step: Step | None = None
-        self._open: list[Delivery] = []
         self._building: Partition | None = None
         self._source = Carried()
         self._unverified, self._verified, self._origin = True, 0, "none yet"
         # Reentrant: the garbage collector may end this very hook while it is failing.
         self._failing = threading.RLock()
-        self._closed = False
+        self._rested = time.monotonic()
         _alive.add(self)
+        log.started(self.log, algorithm, parameters)
 
     # ---- buckets (called by DDP, in the same order on all ranks) -------------------------------------------------
 
-    def reduce_bucket(self, bucket: GradBucket) -> Future[Tensor]:
-        """Takes a bucket in and returns the future of its mean. Never raises."""
+    def reduce_bucket(self, bucket: GradBucket, ddp: nn.Module | None, use: Use) -> Future[Tensor]:
+        """Takes a bucket of ``ddp`` in and returns the future of its mean. Never raises."""
         buffer = bucket.buffer()
         if not self._lanes and self._on_nccl and buffer.is_cuda:
-            self._on_host, self._executor = False, Inline()
+            self._on_host, self._executor, self._rested = False, Inline(), None
         if buffer.device not in self._lanes:
             self._lanes[buffer.device] = lane_for(buffer.device)
         lane = self._lanes[buffer.device]
@@ -97,10 +128,11 @@ class Engine:
             self._end_step()
         self._open.append(delivery)
         try:
-            if self.failure is None:
-                if bucket.index() == 0:
-                    self._begin_step()
-                self._accept(bucket, buffer, delivery, lane)
+            with Range(f"bucket {bucket.index()}"):
+                if self.failure is None:
+                    if bucket.index() == 0:
+                        self._begin_step(has_joined(ddp))
+                    self._accept(bucket, buffer, delivery, lane, use.of(bucket.parameters(), bucket.is_last()))
         except Exception as error:  # noqa: BLE001  raising here would leave DDP's reducer unusable for good
             # Behind the jobs for which peers still need this rank. A copy of the name: Python unbinds ``error``.
             self._executor.submit(lambda error=error: self.fail(error, agreed=isinstance(error, agreement.AGREED)))
@@ -116,27 +148,35 @@ class Engine:
         self._fail_open("sparcomm.HookError: the step was abandoned: the next one began before its last bucket came")
         self._step = self._building = None
 
-    def _begin_step(self) -> None:
+    def _begin_step(self, joined: bool) -> None:
         if self._unverified:
             self._verified += 1
             here = {"step": str(self.completed), "units": self._origin}
             agreement.compare_standing(self._board.exchange(f"step, check {self._verified}", here))
             self._unverified = False
         if not self.partition.final:
-            self._building = Partition(final=bool(self.partition.units))
+            self._building = self.cutter.partition(final=bool(self.partition.units))
             self._source = self.committed()
         partition = self._building or self.partition
-        self._step = Step(self.completed, partition, self.algorithm, self.transport, self._on_host)
+        plan = self.planner.next(
+            self.completed, self._parameters, self._gather, joined=joined, settled=self._building is None
+        )
+        if self.monitor is not None:
+            watched = plan.mode == "sparse" and self._building is None
+            self.monitor.begin(self.completed, [u for u in partition.units if not u.skipped] if watched else [])
+        self._step = Step(self.completed, partition, self.reducer, plan, self._on_host)
 
-    def _accept(self, bucket: GradBucket, buffer: Tensor, delivery: Delivery, lane: Lane) -> None:
+    def _accept(
+        self, bucket: GradBucket, buffer: Tensor, delivery: Delivery, lane: Lane, used: dict[int, bool] | None
+    ) -> None:
         step, params, last = self._step, bucket.parameters(), bucket.is_last()
         if step is None:
             raise HookError(f"bucket {bucket.index()} came before bucket 0")
-        _check_bucket(buffer, params)
+        check_bucket(buffer, params)
         with lane.enter(lane.ready(buffer)):
             if self._building is not None:
-                self._building.add(params, buffer.dtype, buffer.device, self.algorithm, self.size, self._source)
-            complete = step.place(params, buffer, delivery)
+                self.cutter.add_bucket(self._building, params, buffer.dtype, buffer.device, self._source)
+            complete = step.place(params, buffer, delivery, used)
         if last:
             step.check_complete()
             delivery.expect(1)  # the last bucket goes back behind the commit, so that backward() ends behind it too
@@ -159,36 +199,94 @@ class Engine:
             self._retired = self.seconds()
             self.partition, self._building = self._building, None
             self.carried = self._source = Carried()
+            if self.partition.final:
+                log.units_made(self.log, self.completed, self.partition.units)
 
     def _commit(self, step: Step, delivery: Delivery) -> None:
-        with ExitStack() as lanes:  # units may lie on several devices
+        with Range("commit"), ExitStack() as lanes:  # units may lie on several devices
             for lane in self._lanes.values():
                 lanes.enter_context(lane.enter(None))
-            skipped = (~step.commit()).long()
+            self.norms.after_step(self.completed)
+            good = step.commit()
+            if step.plan.mode == "flush":
+                self.planner.flushed = bool(good)
+            if self.monitor is not None:
+                self.monitor.commit(good)
+            skipped = (~good).long()
         self._skipped = self._skipped + (int(skipped) if self._on_host else skipped)
         self.completed += 1
+        self._rested = time.monotonic() if self._on_host else None
         delivery.arrive()
         self._open.clear()  # they hold DDP's buckets, the first of which DDP replaces after its first step
 
     def _submit(self, lane: Lane, buffer: Tensor, job: Callable[[], None]) -> None:
-        ready = lane.ready(buffer)
+        ready, number = lane.ready(buffer), self.completed
 
         def guarded() -> None:
             if self.failure is not None:
                 return
             try:
-                with lane.enter(ready):
+                with Range(f"step {number}"), lane.enter(ready):
                     job()
             except BaseException as error:  # noqa: BLE001  whatever it is, all ranks have to hear of it
                 self.fail(error)
 
         self._executor.submit(guarded)
 
-    # ---- state (between steps) -----------------------------------------------------------------------------------
+    def _limit_crossed(self, number: int) -> bool:
+        return self.monitor is not None and self.monitor.wants_flush(number)
+
+    # ---- between steps -------------------------------------------------------------------------------------------
+
+    def call(self, job: Callable[[], T]) -> T:
+        """Runs a job that talks to the other ranks, behind all others, and waits for it. An error ends the hook.
+
+        Raises:
+            HookError: the hook has failed before, or has been closed. Or what the job raised.
+        """
+        results: list[T] = []
+
+        def guarded() -> None:
+            if self.failure is None:
+                try:
+                    with ExitStack() as lanes:
+                        for lane in self._lanes.values():
+                            lanes.enter_context(lane.enter(lane.ready_now()))
+                        results.append(job())
+                except BaseException as error:  # noqa: BLE001  whatever it is, all ranks have to hear of it
+                    self.fail(error)
+
+        self._executor.submit(guarded)
+        self.drain()
+        if not results:
+            raise self.failure or HookError("the hook is closed")
+        return results[0]
+
+    def agree(self, topic: str, value: Any) -> list[Any]:
+        """All ranks' values, through the store: also finds out, without harm, that a rank does not take part.
+
+        Raises:
+            PeerError, RemoteError: a rank did not come in time, or failed. The hook has then ended.
+        """
+        self.drain()
+        if self.failure is not None:
+            raise self.failure
+        try:
+            return self._board.exchange(topic, value)
+        except Exception as error:
+            self.fail(error)
+            raise
+
+    def _gather(self, mine: list[float]) -> Tensor:
+        device = next((unit.device for unit in self.partition.units), torch.device("cpu"))
+        if device.type == "cpu" and self._parameters:
+            device = self._parameters[0].device
+        return self.call(lambda: gather_numbers(self.transport, mine, device)).cpu()
 
     def drain(self) -> None:
         """Returns when all jobs have run; the caller's streams then wait for the side streams."""
-        self._executor.drain()
+        with Range("wait"):
+            self._executor.drain()
         for lane in self._lanes.values():
             lane.join()
 
@@ -237,45 +335,45 @@ class Engine:
         """What ``backward()`` says; it says it as a plain RuntimeError, so the types are in the text."""
         return f"sparcomm.HookError: step {self.completed} on rank {self.rank}: {type(error).__name__}: {error}"
 
-    def damaged(self) -> bool:
-        """Whether bytes that arrived on a device were not what was sent. Waits for the device."""
+    def raise_if_failed(self) -> None:
+        """Raises what has ended this hook; DamagedBag if a device found bytes damaged, for which it waits."""
+        if self.failure is not None:
+            raise self.failure
         flags = (unit.state.damage for unit in self.partition.units)
-        return any(bool(flag.any()) for flag in flags if flag is not None)
+        if any(bool(flag.any()) for flag in flags if flag is not None):
+            raise DamagedBag("a message that arrived was not what was sent; nothing was committed since")
+
+    def blame(self) -> str:
+        """Which ranks are missing or late, and why, as far as they tell; "" if they do not."""
+        return self._board.blame()
 
     def _fail_open(self, text: str) -> None:
         for delivery in list(self._open):
             delivery.fail(text)
         self._open.clear()
 
-    def close(self) -> None:
-        """Ends the worker and the process group. Idempotent; a step under way fails on all ranks."""
-        if self._closed:
-            return
-        self._closed = True
+    def standing(self) -> Standing:
+        """Where this rank stands, for the messages of others. Any thread may ask."""
+        if self._rested is None or self._open or self.failure is not None or self._board.meeting or self._executor.busy:
+            return Standing(self.completed)
+        return Standing(self.completed, busy=False, seconds=time.monotonic() - self._rested)
+
+    def close(self, why: str = "it closed its hook") -> None:
+        """Ends the worker and the process group. Idempotent; a step under way fails on all ranks.
+
+        ``why`` is what the other ranks will say of this one if they go on.
+        """
+        if self._closed or os.getpid() != self._process:
+            return  # (a fork, as of a data loader, has none of the threads, and does not speak for the rank)
+        self._closed, left = True, None
         if not all(delivery.done for delivery in self._open):
-            self.fail(HookError("the hook was closed while a step was under way"))
+            self.fail(HookError(f"the hook was closed while a step was under way: {why}"))
         elif self.failure is None:
             self.failure = HookError("the hook is closed")
+            left = Standing(self.completed, left=f"{why} after {self.completed} steps")
+        self._board.close(left)  # before the connections go: who then misses this rank finds the reason
         self._executor.stop()
         self.transport.close()
-
-
-def _check_bucket(buffer: Tensor, params: Sequence[Tensor]) -> None:
-    """Raises GradientError unless the bucket is one flat float vector of its parameters' gradients.
-
-    DDP hands a complex gradient over as a real vector of twice the length.
-    """
-    for p in params:
-        if p.is_complex():
-            raise GradientError(
-                f"gradient has dtype {p.dtype}, and only real ones can be compressed: keep the parameter as a real "
-                "tensor with a last dimension of 2, and use torch.view_as_complex on it in forward()"
-            )
-    check_gradient(buffer)
-    if buffer.numel() != sum(p.numel() for p in params):
-        raise GradientError(
-            f"a bucket of {buffer.numel()} elements does not match its parameters of {[p.shape for p in params]}"
-        )
 
 
 _alive: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -285,4 +383,4 @@ _alive: weakref.WeakSet[Engine] = weakref.WeakSet()
 def _close_all() -> None:
     """Runs before the transports' own exit handler, since that was registered earlier: it wakes no waiting worker."""
     for engine in list(_alive):
-        engine.close()
+        engine.close(ending())

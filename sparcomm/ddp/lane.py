@@ -18,6 +18,10 @@ class Lane:
         """Called where ``buffer`` was filled; what ``enter`` needs to know that it is."""
         return None
 
+    def ready_now(self) -> Any:
+        """What ``enter`` needs to know that all work given to the caller's stream so far is done."""
+        return None
+
     @contextmanager
     def enter(self, ready: Any) -> Iterator[None]:
         """The body runs off the caller's stream, after everything before ``ready`` (None: whenever it can)."""
@@ -41,9 +45,14 @@ class CudaLane(Lane):
 
     def ready(self, buffer: Tensor) -> torch.cuda.Event:
         """An event of the current stream. ``buffer``'s memory is kept until the side stream is done with it."""
+        event = self.ready_now()
+        buffer.record_stream(self.stream)
+        return event
+
+    def ready_now(self) -> torch.cuda.Event:
+        """See Lane."""
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
-        buffer.record_stream(self.stream)
         return event
 
     @contextmanager

@@ -7,7 +7,6 @@ gradient scaler skips whole steps, not buckets, so a step in which one bucket ov
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparcomm.algorithms.base import Algorithm, Reduced, State
-from sparcomm.collectives.bags import all_finite
+from sparcomm.algorithms.base import State
+from sparcomm.clock import Range
 from sparcomm.ddp.delivery import Delivery
+from sparcomm.ddp.plan import Plan
+from sparcomm.ddp.reduction import Pending, Reducer
 from sparcomm.ddp.units import Partition, Unit, field_kinds
 from sparcomm.errors import HookError
-from sparcomm.transport.base import Traffic, Transport
 
 
 @dataclass(eq=False)
@@ -32,20 +32,14 @@ class Arrival:
         missing: parameters still to come.
         returns: (bucket buffer, its slice, the unit's slice) to copy the mean back to.
         deliveries: the buckets that wait for this unit.
+        used: whether this rank has used a parameter, by its id; None where DDP does not throw means away.
     """
 
     grad: Tensor
     missing: int
     returns: list[tuple[Tensor, slice, slice]] = field(default_factory=list[tuple[Tensor, slice, slice]])
     deliveries: list[Delivery] = field(default_factory=list[Delivery])
-
-
-@dataclass(eq=False)
-class _Pending:
-    unit: Unit
-    residual: Tensor | None
-    state: State
-    ok: Tensor
+    used: dict[int, bool] | None = None
 
 
 class Step:
@@ -53,27 +47,30 @@ class Step:
 
     Args:
         number: of this step, the same on all ranks; seeds and message headers hold it.
+        reducer: reduces one unit.
+        plan: what this step does, the same on all ranks.
         on_host: whether the host waits for results anyway. Else nothing here does, and the device decides the commit.
     """
 
-    def __init__(
-        self, number: int, partition: Partition, algorithm: Algorithm, transport: Transport, on_host: bool
-    ) -> None:
-        self.number, self.partition = number, partition
-        self._algorithm, self._transport, self._on_host = algorithm, transport, on_host
+    def __init__(self, number: int, partition: Partition, reducer: Reducer, plan: Plan, on_host: bool) -> None:
+        self.number, self.partition, self.plan = number, partition, plan
+        self._reducer, self._on_host = reducer, on_host
         self._arrivals: dict[Unit, Arrival] = {}
-        self._pending: list[_Pending] = []
+        self._pending: list[Pending] = []
+        reducer.norms.clear()
 
     # ---- gradients come in (the hook's thread) -------------------------------------------------------------------
 
-    def place(self, params: Sequence[Tensor], buffer: Tensor, delivery: Delivery) -> list[Unit]:
+    def place(
+        self, params: Sequence[Tensor], buffer: Tensor, delivery: Delivery, used: dict[int, bool] | None = None
+    ) -> list[Unit]:
         """Takes in a bucket; returns the units that are complete with it, in the order in which to reduce them.
 
-        The order depends on the order of buckets only, which is the same on all ranks.
+        The order depends on the order of buckets only, which is the same on all ranks. ``used``: see ``Arrival``.
         """
         unit = self.partition.whole(params)
         if unit is not None and unit not in self._arrivals:
-            self._arrivals[unit] = Arrival(buffer, 0, deliveries=[delivery])
+            self._arrivals[unit] = Arrival(buffer, 0, deliveries=[delivery], used=used)
             delivery.expect(1)
             return [unit]
         touched: dict[Unit, None] = {}
@@ -87,6 +84,8 @@ class Step:
             arrival.grad[target] = buffer[source]
             arrival.returns.append((buffer, source, target))
             arrival.missing -= 1
+            if used is not None:
+                arrival.used = (arrival.used or {}) | used
             if unit not in touched:
                 touched[unit] = None
                 arrival.deliveries.append(delivery)
@@ -108,18 +107,10 @@ class Step:
 
     def reduce(self, unit: Unit) -> None:
         """Reduces one unit, writes the mean into its buckets, and keeps what is new pending."""
-        arrival, transport = self._arrivals[unit], self._transport
-        transport.context = f"step {self.number}, unit {unit.number}"
-        counted = vars(transport.traffic).copy()
-        reduced = self._algorithm.reduce(arrival.grad, unit.residual, unit.state, self.number, transport)
-        _book(unit.traffic, counted, transport.traffic)
-        keeper = _keeper(self.number, unit.number, transport.size) == transport.rank
-        residual = reduced.residual
-        if residual is not None and residual is unit.residual:
-            residual = residual.clone()  # what is committed must not change before the commit
-        ok = _write_mean(reduced, residual if self._algorithm.conserves else None, arrival.grad, transport.size, keeper)
-        self._pending.append(_Pending(unit, residual, reduced.state, ok))
-        self.partition.workspace.give(reduced.total)
+        arrival = self._arrivals[unit]
+        used = None if arrival.used is None else [arrival.used[id(p)] for p in unit.params]
+        with Range(f"unit {unit.number} {self.plan.algorithm(unit.algorithm).name}"):
+            self._pending.append(self._reducer.run(unit, arrival.grad, self.plan, self.number, used))
         for buffer, source, target in arrival.returns:
             buffer[source] = arrival.grad[target]
         arrival.returns.clear()
@@ -138,7 +129,8 @@ class Step:
         good = _all([p.ok for p in self._pending])
         for p in self._pending:
             here = good.to(p.unit.device, non_blocking=True)
-            p.residual = _select(here, p.residual, p.unit.residual)
+            p.residual = self._reducer.storage.select(here, p.residual, p.unit.residual)
+            p.velocity = _select(here, p.velocity, p.unit.velocity)
             p.state = _select_state(here, p.state, p.unit.state)
         self._swap()
         return good
@@ -146,41 +138,23 @@ class Step:
     def drop(self) -> None:
         """Forgets what is pending; what was committed before stays."""
         for p in self._pending:
-            self.partition.workspace.give(p.residual)
+            space = self.partition.workspace
+            space.give(p.residual if p.residual is not p.unit.residual else None)
+            space.give(p.velocity if p.velocity is not p.unit.velocity else None)
+            p.unit.plain = False
         self._pending.clear()
         self._arrivals.clear()
 
     def _swap(self) -> None:
         for p in self._pending:
-            if p.unit.residual is not p.residual:
-                self.partition.workspace.give(p.unit.residual)
-            p.unit.residual, p.unit.state = p.residual, p.state
+            unit, space = p.unit, self.partition.workspace
+            space.give(unit.residual if unit.residual is not p.residual else None)
+            space.give(unit.velocity if unit.velocity is not p.velocity else None)
+            unit.residual, unit.velocity, unit.state, unit.plain = p.residual, p.velocity, p.state, p.plain
+            if self.plan.rates and self.plan.mode != "dense":  # dense steps leave what is owed at its own rate
+                unit.rates = {id(q): self.plan.rates[id(q)] for q in unit.params if id(q) in self.plan.rates}
         self._pending.clear()
         self._arrivals.clear()
-
-
-def _keeper(step: int, unit: int, size: int) -> int:
-    """The rank that keeps a step's casting error of a unit: by a hash, so that every rank gets its share over time."""
-    return zlib.crc32(step.to_bytes(8, "little") + unit.to_bytes(4, "little")) % size
-
-
-def _write_mean(reduced: Reduced, residual: Tensor | None, out: Tensor, size: int, keeper: bool) -> Tensor:
-    """Writes total / size into ``out``, NaN where the sum was not finite; returns () bool: this unit may be committed.
-
-    Where ``out`` is narrower than the sum, a finite sum may overflow, which counts as non-finite (all ranks cast the
-    same bits, so all see it), and the keeper's pending ``residual`` takes over what the cast lost. An algorithm that
-    keeps no residual (``Dense``) has nowhere to put it: there the cast error is lost, as it is in PyTorch's own hooks.
-    """
-    total, ok = reduced.total, reduced.ok
-    divisor = total.new_full((), size).masked_fill_(~ok, torch.nan)
-    torch.div(total, divisor, out=out)
-    if out.dtype == total.dtype:
-        return ok
-    ok = ok & all_finite(out)
-    if residual is not None and keeper:
-        residual.add_(total.sub_(out.to(total.dtype), alpha=size))
-    out.masked_fill_(~ok, torch.nan)
-    return ok
 
 
 def _all(oks: list[Tensor]) -> Tensor:
@@ -213,13 +187,3 @@ def _select_state(good: Tensor, new: State, old: State) -> State:
         if isinstance(a, Tensor):
             setattr(new, name, _select(good, a, b))
     return new
-
-
-def _book(traffic: Traffic, before: dict[str, int], after: Traffic) -> None:
-    """Adds to a unit's counters what the transport's have grown by."""
-    traffic.book(
-        after.rounds - before["rounds"],
-        after.messages - before["messages"],
-        after.bytes_sent - before["bytes_sent"],
-        after.bytes_received - before["bytes_received"],
-    )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparcomm.algorithms.base import Algorithm, State
+from sparcomm.ddp.storage import Storage
 from sparcomm.dtypes import working_dtype
 from sparcomm.errors import HookError
 from sparcomm.transport.base import Traffic
@@ -31,7 +32,12 @@ class Unit:
         number: its position in the partition, the same on all ranks.
         params: in the order in which they lie in the vector.
         dtype, device: of the gradient.
-        residual: (numel,) working dtype, or None for zeros.
+        algorithm: what reduces it, by default.
+        skipped: whether its parameters are among those that always travel dense.
+        residual: (numel,) as ``Storage`` keeps it, or None for zeros.
+        velocity: (numel,) working dtype, of momentum correction, or None for zeros.
+        rates: learning rates by id of parameter at the last committed step, where residuals follow them.
+        plain: whether the last step's mean was exactly that of the gradients.
         traffic: what reducing this unit has moved so far.
     """
 
@@ -39,8 +45,13 @@ class Unit:
     params: tuple[Tensor, ...]
     dtype: torch.dtype
     device: torch.device
+    algorithm: Algorithm
     state: State
+    skipped: bool = False
     residual: Tensor | None = None
+    velocity: Tensor | None = None
+    rates: dict[int, float] = field(default_factory=dict[int, float])
+    plain: bool = False
     traffic: Traffic = field(default_factory=Traffic)
 
     @property
@@ -69,12 +80,16 @@ class Carried:
     """Committed state by parameter (keys are ids of live parameters): what a new partition starts from.
 
     Attributes:
-        residual: flat working-dtype tensors; a parameter that owes nothing is absent.
+        residual: flat tensors as ``Storage`` keeps them; a parameter that owes nothing is absent.
+        velocity: flat working-dtype tensors of momentum correction.
+        rates: learning rates at the last committed step.
         per_element: the algorithm's own fields of that kind, by field name.
         shared: the shared fields of the unit that the parameter belonged to.
     """
 
     residual: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    velocity: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    rates: dict[int, float] = field(default_factory=dict[int, float])
     per_element: dict[str, dict[int, Tensor]] = field(default_factory=dict[str, "dict[int, Tensor]"])
     shared: dict[int, dict[str, Any]] = field(default_factory=dict[int, "dict[str, Any]"])
 
@@ -82,22 +97,27 @@ class Carried:
 class Partition:
     """Units in the order of their numbers. ``final``: later buckets are cut or joined to fit."""
 
-    def __init__(self, final: bool = False) -> None:
+    def __init__(self, final: bool = False, storage: Storage | None = None) -> None:
         self.units: list[Unit] = []
         self.final = final
+        self._storage = storage or Storage("float32")
         self.workspace = Workspace()  # shared: units of equal length share buffers
         self._home: dict[int, tuple[Unit, slice]] = {}
 
     def add(
         self, params: Sequence[Tensor], dtype: torch.dtype, device: torch.device,
-        algorithm: Algorithm, size: int, carried: Carried,
+        algorithm: Algorithm, size: int, carried: Carried, *, skipped: bool = False, wants_sent: bool = False,
     ) -> Unit:  # fmt: skip
         """Appends a unit of ``params`` that starts from ``carried``, which is copied."""
         numel = sum(p.numel() for p in params)
         state = algorithm.init(numel, dtype, device, size)
-        unit = Unit(len(self.units), tuple(params), dtype, device, state)
-        state.unit, state.workspace, state.wants_sent = unit.number, self.workspace, False
-        unit.residual = _join(unit, carried.residual, working_dtype(dtype))
+        unit = Unit(len(self.units), tuple(params), dtype, device, algorithm, state, skipped)
+        state.unit, state.workspace, state.wants_sent = unit.number, self.workspace, wants_sent
+        state.wants_total = dtype != working_dtype(dtype)
+        residual = _join(unit, carried.residual, working_dtype(dtype))
+        unit.residual = None if residual is None else self._storage.adopt(residual)
+        unit.velocity = _join(unit, carried.velocity, working_dtype(dtype))
+        unit.rates = {id(p): carried.rates[id(p)] for p in params if id(p) in carried.rates}
         for name, kind in field_kinds(state):
             if kind == "per_element" and name in carried.per_element:
                 fresh: Tensor = getattr(state, name)
@@ -110,6 +130,10 @@ class Partition:
         for p, span in unit.spans():
             self._home[id(p)] = (unit, span)
         return unit
+
+    def unit_of(self, param: Tensor) -> Unit | None:
+        """The unit that a parameter belongs to, if there is one."""
+        return self._home[id(param)][0] if id(param) in self._home else None
 
     @property
     def known(self) -> set[int]:
@@ -145,9 +169,12 @@ class Partition:
         for unit in self.units:
             kinds = field_kinds(unit.state)
             shared = {name: getattr(unit.state, name) for name, kind in kinds if kind == "shared"}
+            carried.rates.update(unit.rates)
             for p, span in unit.spans():
                 if unit.residual is not None:
                     carried.residual[id(p)] = unit.residual[span]
+                if unit.velocity is not None:
+                    carried.velocity[id(p)] = unit.velocity[span]
                 for name, kind in kinds:
                     if kind == "per_element":
                         carried.per_element.setdefault(name, {})[id(p)] = getattr(unit.state, name)[span]

@@ -6,12 +6,14 @@ at the end of that backward pass, by which time DDP has called its hook, if it w
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.utils.hooks import RemovableHandle
 
 
@@ -46,6 +48,8 @@ class Watch:
             cast(Any, torch.autograd.Variable)._execution_engine.queue_callback(self._finished)  # noqa: SLF001
 
     def _finished(self) -> None:
+        if not self._called() and _nested():
+            return  # reentrant checkpointing: DDP calls its hook when the pass around this one ends
         self.stop()
         if not self._called():
             warnings.warn(
@@ -53,3 +57,11 @@ class Watch:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def _nested() -> bool:
+    """Whether this runs within a backward function, which has called autograd itself."""
+    frame, apply = inspect.currentframe(), BackwardCFunction.apply.__code__
+    while frame is not None and frame.f_code is not apply:
+        frame = frame.f_back
+    return frame is not None

@@ -21,6 +21,11 @@ class Inline:
     def drain(self) -> None:
         """Nothing is ever left to do."""
 
+    @property
+    def busy(self) -> bool:
+        """Never: a job that was given has run."""
+        return False
+
     def stop(self) -> None:
         """Nothing to stop."""
 
@@ -48,6 +53,11 @@ class Worker:
         """Returns when all jobs given so far have run. From a job itself: at once."""
         if threading.current_thread() is not self._thread:
             self._queue.wait_until_done()
+
+    @property
+    def busy(self) -> bool:
+        """Whether jobs wait or run."""
+        return self._queue.unfinished > 0
 
     def stop(self) -> None:
         """Drops the jobs that wait, lets the running one end, and ends the thread. Idempotent."""

@@ -131,7 +131,7 @@ def test_names_are_those_of_the_module_inside_ddp_and_compile() -> None:
     net = nn.Sequential(nn.Linear(2, 2), torch.compile(nn.Linear(2, 2), backend="eager"))
     net[0].bias.requires_grad_(False)
     state = HookState(Dense(), net)
-    assert list(state._params) == ["0.weight", "1.weight", "1.bias"]
+    assert list(state._module.params) == ["0.weight", "1.weight", "1.bias"]
 
 
 def test_a_copied_or_pickled_state_is_a_new_one() -> None:

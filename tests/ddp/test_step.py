@@ -15,6 +15,9 @@ from sparcomm.algorithms import Algorithm
 from sparcomm.algorithms.dense import Dense
 from sparcomm.algorithms.spardl import SparDL
 from sparcomm.ddp.delivery import Delivery
+from sparcomm.ddp.options import Options
+from sparcomm.ddp.plan import Plan
+from sparcomm.ddp.reduction import Reducer
 from sparcomm.ddp.step import Step
 from sparcomm.ddp.units import Carried, Partition, Unit
 from sparcomm.transport import sim
@@ -33,7 +36,7 @@ def training(
         partition.add([p], p.dtype, CPU, algorithm, transport.size, Carried())
     means, goods = [], []
     for number, by_rank in enumerate(steps):
-        step = Step(number, partition, algorithm, transport, on_host)
+        step = Step(number, partition, Reducer(Options(), transport), Plan(), on_host)
         buffers = [g.clone() for g in by_rank[transport.rank]]
         for p, buffer in zip(params, buffers, strict=True):
             for unit in step.place([p], buffer, Delivery(buffer, Future())):
@@ -102,9 +105,9 @@ def test_every_rank_keeps_some_of_the_casting_errors() -> None:
 
 
 def _keeper_of(step: int) -> int:
-    from sparcomm.ddp.step import _keeper
+    from sparcomm.ddp.reduction import keeper
 
-    return _keeper(step, 0, 3)
+    return keeper(step, 0, 3)
 
 
 @pytest.mark.parametrize("on_host", [True, False])

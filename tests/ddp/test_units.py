@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.futures import Future
 
 from sparcomm.ddp.delivery import Delivery
+from sparcomm.ddp.options import Options
+from sparcomm.ddp.plan import Plan
+from sparcomm.ddp.reduction import Reducer
 from sparcomm.ddp.step import Step
 from sparcomm.ddp.units import Carried, Partition
 from sparcomm.errors import HookError
@@ -91,7 +94,7 @@ def run(groups: list[list[Tensor]], buckets: list[list[Tensor]], grads: dict[int
     """One step of one rank whose buckets are not its units; the buffers after it."""
 
     def rank(transport: sim.SimTransport) -> list[Tensor]:
-        step = Step(0, partition(groups), ALGORITHM, transport, True)
+        step = Step(0, partition(groups), Reducer(Options(), transport), Plan(), True)
         buffers, futures = [], []
         for bucket in buckets:
             buffer = torch.cat([grads[id(p)] for p in bucket])
@@ -141,7 +144,7 @@ def test_units_come_in_the_order_of_their_numbers_once_all_their_parameters_have
     a, b, c, d = (torch.zeros(2) for _ in range(4))
 
     def rank(transport: sim.SimTransport) -> None:
-        step = Step(0, partition([[a, c], [b], [d]]), ALGORITHM, transport, True)
+        step = Step(0, partition([[a, c], [b], [d]]), Reducer(Options(), transport), Plan(), True)
         assert placed(step, [d, b, a]) == [1, 2]
         with pytest.raises(HookError, match="1 of 2 parameters of unit 0"):
             step.check_complete()

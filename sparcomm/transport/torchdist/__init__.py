@@ -10,6 +10,7 @@ Sizes are by contract: a size mismatch on Gloo is a SIGABRT in C++ that nobody c
 from __future__ import annotations
 
 import atexit
+import os
 import uuid
 import weakref
 from collections.abc import Callable
@@ -89,6 +90,7 @@ class TorchTransport(BaseTransport):
         self.links, self._ranks, self._name = seat.links, seat.ranks, seat.name
         self._device = torch.device(device) if device is not None else None
         self._timeout = as_timedelta(timeout)
+        self._process = os.getpid()
         self._hosts: dict[str, Tensor] = {}
         self._staged: set[str] = set()  # device types known to go through the host
         # All that share this rank's fate: abort ends them together.
@@ -103,6 +105,7 @@ class TorchTransport(BaseTransport):
         *,
         device: torch.device | str | None = None,
         timeout: timedelta | float = TIMEOUT,
+        name: str = "",
     ) -> TorchTransport:
         """A transport on a new group of its own over the ranks of ``group``. Collective over these ranks only.
 
@@ -110,10 +113,13 @@ class TorchTransport(BaseTransport):
             group: whose ranks and backends to take; used during this call only. None = the default group.
             device: where tensors usually live.
             timeout: how long any wait may take, timedelta or seconds.
+            name: the same on all ranks, and never used before in this job. "" = they agree on one over ``group``,
+                whose own time limit, often half an hour, then holds for that.
 
         ``close()`` it when done; at the interpreter's exit that happens by itself. Raises as the constructor does.
         """
         parent = cls(group, device=device, timeout=timeout)
+        parent._name = name and f"sparcomm/{name}"
         try:
             seat = parent._new_seat(list(range(parent.size)), 0)
             return cls(device=device, timeout=timeout, seat=seat).met()
@@ -285,6 +291,8 @@ class TorchTransport(BaseTransport):
 
     def close(self) -> None:
         """Ends this transport's own group; a group that was passed in stays as it is. Idempotent, not collective."""
+        if os.getpid() != self._process:
+            return  # a fork, as of a data loader: the threads that would take part in the ending are not there
         super().close()
         self.links.close()
         self._hosts.clear()
