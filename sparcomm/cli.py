@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import pkgutil
 import sys
 from importlib import import_module
@@ -23,6 +24,7 @@ from sparcomm.config import settings, suggestion
 from sparcomm.errors import ConfigError, SparcommError
 
 EXIT_USAGE: Final = 2
+MAIN_BENCH: Final = "sync"  # what `sparcomm bench` runs without a name
 
 app = typer.Typer(
     name="sparcomm",
@@ -88,19 +90,19 @@ def describe(name: str, cls: type[Algorithm]) -> dict[str, Any]:
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
-def bench(
-    context: typer.Context,
-    name: Annotated[str, typer.Argument(help="Which benchmark; its own options follow.")] = "",
-) -> None:
-    """Run one of the benchmarks: sparcomm bench NAME [options]."""
-    known = benches()
-    if name in ("", "-h", "--help"):
-        typer.echo("usage: sparcomm bench NAME [options]; NAME is one of " + ", ".join(known))
-        return
+def bench(context: typer.Context) -> None:
+    """Measure on this network: sparcomm bench [options], or one of the others: sparcomm bench NAME [options]."""
+    known, arguments = benches(), context.args
+    if arguments[:1] in (["-h"], ["--help"]) or (not arguments and "RANK" not in os.environ):
+        typer.echo("others: sparcomm bench NAME [options], with NAME one of " + ", ".join(known))
+        arguments = ["--help"]
+    name = MAIN_BENCH
+    if arguments and not arguments[0].startswith("-"):
+        name, *arguments = arguments
     if name not in known:
         listed = ", ".join(known)
         raise ConfigError(f"unknown benchmark {name!r}{suggestion(name, known)}: must be one of {listed}")
-    import_module(f"{bench_package.__name__}.{name}").main(context.args)
+    import_module(f"{bench_package.__name__}.{name}").main(arguments)
 
 
 def _default(row: dict[str, Any]) -> str:

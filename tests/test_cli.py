@@ -83,6 +83,34 @@ def test_bench_alone_says_what_there_is(
     assert "wire" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--numel", "none"], "--numel"),
+        (["--algorithms", "dense,spardl:layout=heap"], "layout='heap'"),
+        (["sync", "--density", "2"], "--density 2"),
+        (["overlap", "--layers", "1"], "--layers"),
+    ],
+)
+def test_what_is_typed_wrong_after_bench_is_one_line(
+    arguments: list[str], complaint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "bench", *arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ")
+    assert complaint in shown.err
+    assert shown.err.count("\n") == 1
+
+
+def test_of_several_ranks_the_first_complains(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    assert call(monkeypatch, "bench", "--numel", "0") == 2
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("arguments", [["nonsense"], ["list", "--nonsense"]])
 def test_wrong_use(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, *arguments) == 2
