@@ -1,95 +1,142 @@
 #!/usr/bin/env python3
-"""Two configurations over the same seeds: the difference of their test scores with its 95 % interval.
+"""Configurations over the same seeds: each one's difference to a base in test score, with its 95 % interval.
 
-    python launch/compare.py --seeds 5 --rates 0.025 0.05 0.1 --json runs/compare.json
+    python launch/compare.py --seeds 5 --rates 0.05 0.1 0.2 --json runs/compare.json --base configs/digits-dense.yaml
+        --arms configs/digits-plain.yaml configs/digits-spardl.yaml "configs/digits-spardl.yaml algorithm.density=0.1"
 
-With ``--rates`` both arms first choose their learning rate from that grid, on seeds that the comparison does not use.
+An arm is a file, or a file and overrides in one argument; overrides for all runs come before the options. With
+``--rates`` the base and every arm first choose their learning rate from that grid, on seeds that the comparison does
+not use. ``--reuse`` takes runs of the same settings that have finished in ``--output`` before, so that arms can be
+added later.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
+from jobs import report
 from jobs.launcher import JobFailed, positive, run
 from jobs.paired import Interval, paired_difference
 from jobs.progress import human
+from jobs.settings import load
+from sparcomm.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TUNING_SEED = 1_000_000
-BASE, ARM = "base", "arm"
 _SHOWN = ("score", "bytes_sent", "ratio", "seconds")
+
+Runs = list[dict[str, Any]]
+
+
+class Arm(NamedTuple):
+    """A configuration: a file and overrides of its own."""
+
+    config: Path
+    overrides: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Arm:
+        """From one argument. Raises ArgumentTypeError for an empty one."""
+        first, *overrides = shlex.split(text) or [""]
+        if not first:
+            raise argparse.ArgumentTypeError("must be a file of configs/, with or without overrides after it")
+        return cls(Path(first), tuple(overrides))
+
+    @property
+    def label(self) -> str:
+        """How it is called in tables."""
+        return " ".join((self.config.stem, *self.overrides))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs both arms over all seeds. Returns 1 if a run failed."""
+    """Runs base and arms over all seeds. Returns 1 if a run failed, 2 for arguments that cannot be compared."""
     arguments = _parser().parse_intermixed_args(argv)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-    if wrong := refused(seeds):
+    arms: list[Arm] = [arguments.base, *arguments.arms]
+    if wrong := refused(seeds, arms):
         print(f"error: {wrong}", file=sys.stderr)
         return 2
-    configs = {BASE: arguments.base, ARM: arguments.arm}
     try:
-        rates = {which: tune(config, arguments) for which, config in configs.items()}
-        runs: dict[str, list[dict[str, Any]]] = {BASE: [], ARM: []}
-        # Alternating, so that a busy spell of the machine hits both arms alike.
+        for arm in arms:  # mistakes are better known before the first run than before the last
+            load(arm.config, [*arguments.overrides, *arm.overrides])
+        tuned = [tune(arm, arguments) for arm in arms]
+        rates = [best(tried) if tried else None for tried in tuned]
+        runs: list[Runs] = [[] for _ in arms]
+        # Alternating, so that a busy spell of the machine hits all arms alike.
         for seed in seeds:
-            for which, config in configs.items():
-                runs[which].append(one(config, seed, rates[which], arguments))
+            for arm, rate, mine in zip(arms, rates, runs, strict=True):
+                mine.append(one(arm, seed, rate, arguments))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except JobFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    found = compare(runs)
-    show(configs, rates, runs, found)
+    found = [compare(runs[0], mine) for mine in runs[1:]]
+    show(arms, rates, runs, found)
     if arguments.json:
-        paths = {which: str(config) for which, config in configs.items()}
-        result = {"configs": paths, "rates": rates, "runs": runs, "difference": found._asdict()}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write(arguments.json, arms, tuned, rates, runs, found)
     return 0
 
 
-def refused(seeds: range) -> str | None:
-    """Why no comparison can use these seeds, if so."""
+def refused(seeds: range, arms: list[Arm]) -> str | None:
+    """Why these cannot be compared, if so."""
     if len(seeds) < 2:
         return "--seeds must be at least 2: one pair has no interval"
     if seeds.start < 0 or seeds.stop > TUNING_SEED:
         return f"--first-seed must leave all seeds between 0 and {TUNING_SEED - 1}: later ones choose learning rates"
-    return None
+    labels = [arm.label for arm in arms]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    return f"--base and --arms must all differ, {twice[0]!r} comes twice" if twice else None
 
 
-def one(config: Path, seed: int, rate: float | None, arguments: argparse.Namespace) -> dict[str, Any]:
+def one(arm: Arm, seed: int, rate: float | None, arguments: argparse.Namespace) -> dict[str, Any]:
     """The summary of one run."""
-    overrides = [*arguments.overrides, f"seed={seed}"] + ([] if rate is None else [f"optimizer.lr={rate}"])
-    output = arguments.output / f"{config.stem}-{seed}-{rate}"
-    summary = run(config, arguments.ranks, output, overrides, quiet=True)["summary"]
+    overrides = [*arguments.overrides, *arm.overrides, f"seed={seed}"]
+    overrides += [] if rate is None else [f"optimizer.lr={rate}"]
+    folder = re.sub(r"[^\w.=+-]+", "_", f"{arm.label}-{seed}-{rate}")
+    output = arguments.output / folder
+    metrics = finished(arm, overrides, output) if arguments.reuse else None
+    if metrics is None:
+        metrics = run(arm.config, arguments.ranks, output, overrides, quiet=True)
+    summary = metrics["summary"]
     score = 100 * summary["scores"]["accuracy"] if "accuracy" in summary["scores"] else summary["scores"]["bits"]
     print(
-        f"{config.stem} seed={seed} rate={rate}: {score:.3f}, {summary['ratio']:.1f}x, {summary['seconds']:.1f} s",
+        f"{arm.label} seed={seed} rate={rate}: {score:.3f}, {summary['ratio']:.1f}x, {summary['seconds']:.1f} s",
         flush=True,
     )
     return {**summary, "score": score, "seed": seed}
 
 
-def tune(config: Path, arguments: argparse.Namespace) -> float | None:
-    """The rate of the grid with the best mean score; None (the configuration's own) without a grid.
+def finished(arm: Arm, overrides: list[str], output: Path) -> dict[str, Any] | None:
+    """The metrics of a run that has finished in ``output`` with these settings, if there is one."""
+    if not (output / report.METRICS).exists():
+        return None
+    metrics = report.read(output)
+    wanted = load(arm.config, [*overrides, f"output={output}", "checkpoint.resume=false"]).model_dump()
+    return metrics if metrics["settings"] == json.loads(json.dumps(wanted)) else None
+
+
+def tune(arm: Arm, arguments: argparse.Namespace) -> dict[float, Runs]:
+    """Runs over the grid of rates by rate; empty (the configuration's own rate is taken) without a grid.
 
     Judged by what the comparison judges: the test loss rewards unsure predictions, and picks rates that are too high.
     """
-    if not arguments.rates:
-        return None
     seeds = range(TUNING_SEED, TUNING_SEED + arguments.tuning_seeds)
-    return best({rate: [one(config, seed, rate, arguments) for seed in seeds] for rate in arguments.rates})
+    return {rate: [one(arm, seed, rate, arguments) for seed in seeds] for rate in arguments.rates or ()}
 
 
-def best(tried: dict[float, list[dict[str, Any]]]) -> float:
+def best(tried: dict[float, Runs]) -> float:
     """The rate whose runs score best on average (accuracy: high, bits: low); of equals the one tried first."""
 
     def merit(rate: float) -> float:
@@ -99,38 +146,60 @@ def best(tried: dict[float, list[dict[str, Any]]]) -> float:
     return max(tried, key=merit)
 
 
-def compare(runs: dict[str, list[dict[str, Any]]]) -> Interval:
+def compare(base: Runs, arm: Runs) -> Interval:
     """Score of the arm minus score of the base, over paired seeds."""
-    return paired_difference(*([summary["score"] for summary in runs[which]] for which in (BASE, ARM)))
+    return paired_difference(*([summary["score"] for summary in runs] for runs in (base, arm)))
 
 
-def show(
-    configs: dict[str, Path], rates: dict[str, float | None], runs: dict[str, list[dict[str, Any]]], found: Interval
-) -> None:
+def show(arms: list[Arm], rates: list[float | None], runs: list[Runs], found: list[Interval]) -> None:
     """Prints what was found."""
-    table = Table(title=f"{len(runs[BASE])} paired seeds", title_justify="left")
-    for heading in ("", "rate", "score (mean)", "bytes sent by a rank", "fewer than dense float32", "seconds"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for which, config in configs.items():
-        mean = {key: fmean(summary[key] for summary in runs[which]) for key in _SHOWN}
-        rate = "its own" if rates[which] is None else str(rates[which])
-        score, seconds = f"{mean['score']:.3f}", f"{mean['seconds']:.1f}"
-        table.add_row(config.stem, rate, score, human(mean["bytes_sent"]), f"{mean['ratio']:.1f}x", seconds)
-    Console().print(table)
-    print(f"difference of the scores: {found.mean:+.3f}, 95 % interval [{found.low:+.3f}, {found.high:+.3f}]")
+    table = Table(title=f"{len(runs[0])} paired seeds", title_justify="left")
+    headings = ("rate", "score (mean)", "difference, 95 % interval", "bytes sent by a rank", "fewer", "seconds")
+    table.add_column("")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    differences = ["", *(f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for d in found)]
+    for arm, rate, mine, difference in zip(arms, rates, runs, differences, strict=True):
+        mean = {key: fmean(summary[key] for summary in mine) for key in _SHOWN}
+        cells = ("its own" if rate is None else str(rate), f"{mean['score']:.3f}", difference)
+        table.add_row(arm.label, *cells, human(mean["bytes_sent"]), f"{mean['ratio']:.1f}x", f"{mean['seconds']:.1f}")
+    Console(width=max(140, Console().width)).print(table)
+
+
+def write(
+    path: Path, arms: list[Arm], tuned: list[dict[float, Runs]], rates: list[float | None], runs: list[Runs],
+    found: list[Interval],
+) -> None:  # fmt: skip
+    """Everything as JSON, base first."""
+    differences = [None, *(interval._asdict() for interval in found)]
+    result = [
+        {
+            "label": arm.label,
+            "config": str(arm.config),
+            "overrides": list(arm.overrides),
+            "tuning": {str(rate): [summary["score"] for summary in mine] for rate, mine in tried.items()},
+            "rate": rate,
+            "difference": difference,
+            "runs": mine,
+        }
+        for arm, tried, rate, mine, difference in zip(arms, tuned, rates, runs, differences, strict=True)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Compare two configurations over paired seeds.")
-    parser.add_argument("--base", type=Path, default=CONFIGS / "digits-dense.yaml")
-    parser.add_argument("--arm", type=Path, default=CONFIGS / "digits-spardl.yaml")
+    parser = argparse.ArgumentParser(description="Compare configurations over paired seeds.")
+    parser.add_argument("--base", type=Arm.parse, default=Arm(CONFIGS / "digits-dense.yaml"))
+    parser.add_argument("--arms", type=Arm.parse, nargs="+", default=[Arm(CONFIGS / "digits-spardl.yaml")])
     parser.add_argument("--ranks", type=positive, default=4)
     parser.add_argument("--seeds", type=positive, default=5, help="how many pairs")
     parser.add_argument("--first-seed", type=int, default=0, help="seeds are this one and those that follow")
-    parser.add_argument("--rates", type=float, nargs="+", help="grid of learning rates that both arms choose from")
+    parser.add_argument("--rates", type=float, nargs="+", help="grid of learning rates that all choose from")
     parser.add_argument("--tuning-seeds", type=positive, default=1)
     parser.add_argument("--output", type=Path, default=Path("runs/compare"))
-    parser.add_argument("--json", type=Path, help="write all summaries and the interval here")
+    parser.add_argument("--reuse", action="store_true", help="take runs of the same settings that have finished")
+    parser.add_argument("--json", type=Path, help="write all summaries and the intervals here")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="given to every run")
     return parser
 

@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from jobs import checkpoint, data, models
 from jobs.group import Group, fingerprint, seed_everything
 from jobs.progress import Display
-from jobs.settings import SGD, CharLM, Digits, Schedule, Settings
+from jobs.settings import SGD, CharLM, Digits, HeldAdamW, RMSprop, Schedule, Settings
 from jobs.traffic import Gradients, trainable
+from sparcomm.optim import AdamW
 
 Record = dict[str, float]
 
@@ -33,8 +34,8 @@ class Engine:
             device_ids=[group.device] if group.device.type == "cuda" else None,
             bucket_cap_mb=settings.bucket_mb,
         )
-        self.gradients = Gradients(self.ddp, settings, group.size)
         self.optimizer = build_optimizer(settings, self.ddp)
+        self.gradients = Gradients(self.ddp, settings, group.size, self.optimizer)
         self.sampler = data.Sampler(len(self.split.train), settings.batch, group.rank, group.size, settings.seed)
         self.total = settings.steps or (settings.epochs or 0) * len(self.sampler)
         self.step = 0
@@ -95,7 +96,7 @@ class Engine:
         loss = models.loss(self.ddp(x.to(self.group.device)), y.to(self.group.device))
         loss.backward()
         if self.settings.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.ddp.parameters(), self.settings.clip_norm)
+            self.gradients.clip(self.settings.clip_norm)
         self.optimizer.step()
         return loss.detach()
 
@@ -215,4 +216,9 @@ def build_optimizer(settings: Settings, module: nn.Module) -> torch.optim.Optimi
     groups = [{"params": matrices, "weight_decay": chosen.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     if isinstance(chosen, SGD):
         return torch.optim.SGD(groups, lr=chosen.lr, momentum=chosen.momentum, nesterov=chosen.nesterov)
-    return torch.optim.AdamW(groups, lr=chosen.lr, betas=(chosen.beta1, chosen.beta2))
+    if isinstance(chosen, RMSprop):
+        return torch.optim.RMSprop(groups, lr=chosen.lr, alpha=chosen.alpha)
+    betas = (chosen.beta1, chosen.beta2)
+    if isinstance(chosen, HeldAdamW):
+        return AdamW(groups, lr=chosen.lr, betas=betas, floor=chosen.floor)
+    return torch.optim.AdamW(groups, lr=chosen.lr, betas=betas)

@@ -8,23 +8,16 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from jobs.hook import Hook
+from jobs.strict import Count, Fraction, Positive, Strict
 from sparcomm.algorithms.base import Algorithm
 from sparcomm.config import algorithm_from_config
 from sparcomm.errors import ConfigError
-
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Strict(BaseModel):
-    """Base of all settings: no conversion between types, no unknown keys, no change afterwards."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Digits(Strict):
@@ -74,17 +67,37 @@ class AdamW(Strict):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
 
 
+class HeldAdamW(Strict):
+    """``sparcomm.optim.AdamW``: its second moment learns in dense steps only."""
+
+    name: Literal["held_adamw"]
+    lr: Annotated[float, Field(gt=0)]
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    floor: Annotated[float, Field(ge=0)] = 0.01
+
+
+class RMSprop(Strict):
+    """Division by the root of a running mean of squares, without momentum or weight decay."""
+
+    name: Literal["rmsprop"]
+    lr: Annotated[float, Field(gt=0)]
+    alpha: Fraction = 0.99
+    weight_decay: ClassVar[float] = 0.0
+
+
 class Schedule(Strict):
     """Learning rate: linear warm-up over ``warmup`` steps, then a cosine down to ``floor`` of its peak."""
 
-    warmup: Annotated[int, Field(ge=0)] = 0
+    warmup: Count = 0
     floor: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 class Checkpoints(Strict):
     """Every ``every`` steps (0: never), ``keep`` of them stay; ``resume`` continues from the newest complete one."""
 
-    every: Annotated[int, Field(ge=0)] = 0
+    every: Count = 0
     keep: Positive = 2
     resume: bool = True
 
@@ -93,15 +106,16 @@ class Settings(Strict):
     """One run. ``batch`` counts samples over all ranks; either ``epochs`` or ``steps`` says how long it is."""
 
     task: Annotated[Digits | CharLM, Field(discriminator="name")]
-    optimizer: Annotated[SGD | AdamW, Field(discriminator="name")]
+    optimizer: Annotated[SGD | AdamW | HeldAdamW | RMSprop, Field(discriminator="name")]
     batch: Positive
     epochs: Positive | None = None
     steps: Positive | None = None
     algorithm: dict[str, Any] | None = None
+    hook: Hook = Hook()
     schedule: Schedule = Schedule()
     clip_norm: Annotated[float, Field(gt=0)] | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
-    evaluate_every: Annotated[int, Field(ge=0)] = 0
+    seed: Count = 0
+    evaluate_every: Count = 0
     checkpoint: Checkpoints = Checkpoints()
     bucket_mb: Annotated[float, Field(gt=0, le=1e6)] = 25.0
     timeout: Annotated[float, Field(gt=0, le=1e6)] = 120.0
@@ -121,9 +135,21 @@ class Settings(Strict):
             raise ValueError("give either epochs or steps, and not both")
         return self
 
+    @model_validator(mode="after")
+    def _together(self) -> Settings:
+        if self.algorithm is None and self.hook != Hook():
+            raise ValueError("hook: has no effect with algorithm: null")
+        momentum = self.optimizer.momentum if isinstance(self.optimizer, SGD) else 0.0
+        self.hook.check_optimizer(self.optimizer.name, momentum, self.clip_norm is not None)
+        return self
+
     def identity(self) -> dict[str, Any]:
         """What must stay the same when a run is resumed: a step means something else otherwise."""
-        names = {"optimizer": self.optimizer.name, "algorithm": (self.algorithm or {}).get("name")}
+        names = {
+            "optimizer": self.optimizer.name,
+            "algorithm": (self.algorithm or {}).get("name"),
+            "memory": self.hook.memory.name,
+        }
         return {**self.model_dump(include={"task", "batch", "seed"}), **names}
 
     def build_algorithm(self) -> Algorithm | None:
@@ -209,40 +235,44 @@ def _explain(mistake: dict[str, Any]) -> str:
     """One of pydantic's complaints with what is valid there."""
     loc: tuple[Any, ...] = mistake["loc"]
     # A discriminated union puts its tag into the location, which no one wrote in the file.
-    path = ".".join(str(part) for i, part in enumerate(loc) if not _is_tag(loc[:i], part))
+    path = ".".join(str(part) for i, part in enumerate(loc) if not (i and part in _tags(_at(loc[:i]))))
     context = mistake.get("ctx", {})
     if mistake["type"] == "extra_forbidden":
-        known = sorted(_model_at(loc[:-1]).model_fields)
+        known = sorted(_at(loc[:-1]).model_fields)
         near = difflib.get_close_matches(str(loc[-1]), known, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         return f"unknown key {path!r}{hint}; valid keys there: {', '.join(known)}"
     if mistake["type"] == "missing":
         return f"missing key {path!r}"
     if mistake["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        tags = context.get("expected_tags") or ", ".join(repr(tag) for tag in _tags(_field(loc)))
+        tags = context.get("expected_tags") or ", ".join(repr(tag) for tag in _tags(_at(loc)))
         return f"{path}.name must be one of {tags}"
     if isinstance(context.get("error"), Exception):
         return f"{path + ': ' if path else ''}{context['error']}"
     return f"{path}={mistake['input']!r}: {mistake['msg'].lower()}"
 
 
-def _field(loc: tuple[Any, ...]) -> Any:
-    return Settings.model_fields[loc[0]]
-
-
-def _tags(field: Any) -> dict[str, type[BaseModel]]:
-    """The models of a discriminated union by their ``name``; empty for any other field."""
-    if getattr(field, "discriminator", None) is None:
+def _tags(at: Any) -> dict[str, type[BaseModel]]:
+    """The models of a discriminated union by their ``name``; empty for anything else."""
+    if getattr(at, "discriminator", None) is None:
         return {}
-    return {get_args(model.model_fields["name"].annotation)[0]: model for model in get_args(field.annotation)}
+    return {get_args(model.model_fields["name"].annotation)[0]: model for model in get_args(at.annotation)}
 
 
-def _is_tag(before: tuple[Any, ...], part: Any) -> bool:
-    return len(before) == 1 and before[0] in Settings.model_fields and part in _tags(_field(before))
+def _at(loc: tuple[Any, ...]) -> Any:
+    """What is at a location of pydantic's: a model; the field of a discriminated union; None for plain values."""
+    at: Any = Settings
+    for part in loc:
+        if tags := _tags(at):
+            at = tags[part]
+        elif isinstance(at, type) and issubclass(at, BaseModel) and part in at.model_fields:
+            field = at.model_fields[part]
+            models = [kind for kind in (field.annotation, *get_args(field.annotation)) if _is_model(kind)]
+            at = field if _tags(field) else models[0] if models else None
+        else:
+            return None
+    return at
 
 
-def _model_at(loc: tuple[Any, ...]) -> type[BaseModel]:
-    if not loc:
-        return Settings
-    tags = _tags(_field(loc))
-    return tags[loc[1]] if tags else _field(loc).annotation
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)

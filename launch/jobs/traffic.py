@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sparcomm
 from jobs.settings import Settings
+from sparcomm.optim import AdamW
 
 
 def dense_bytes(parameters: int, size: int) -> float:
@@ -19,12 +21,28 @@ def dense_bytes(parameters: int, size: int) -> float:
 class Gradients:
     """The sparcomm hook of a DDP module, or nothing where the run leaves DDP alone (``algorithm: null``)."""
 
-    def __init__(self, ddp: DistributedDataParallel, settings: Settings, size: int) -> None:
+    def __init__(
+        self, ddp: DistributedDataParallel, settings: Settings, size: int, optimizer: torch.optim.Optimizer
+    ) -> None:
         algorithm = settings.build_algorithm()
-        self.hook = None if algorithm is None else sparcomm.attach(ddp, algorithm, timeout=settings.timeout)
+        self.hook: sparcomm.HookState | None = None
+        if algorithm is not None:
+            options = settings.hook.arguments()
+            self.hook = sparcomm.attach(ddp, algorithm, optimizer=optimizer, timeout=settings.timeout, **options)
+            if isinstance(optimizer, AdamW):
+                optimizer.hook = self.hook
+        self._parameters = list(ddp.parameters())
+        self._exact = algorithm is None or isinstance(algorithm, sparcomm.Dense)
         self.per_step = dense_bytes(trainable(ddp), size)
         self.steps = 0  # counted over resumed parts too
         self.before = 0.0  # bytes of the parts before this one
+
+    def clip(self, limit: float) -> None:
+        """Limits the norm of the mean: by its own where it is the dense one, else by what the hook knows of that."""
+        if self.hook is None or self._exact:
+            nn.utils.clip_grad_norm_(self._parameters, limit)
+        else:
+            self.hook.clip_grad_norm_(limit)
 
     def step_done(self) -> None:
         """Counts one synchronised step and raises what its hook could not raise through autograd."""

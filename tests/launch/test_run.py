@@ -158,17 +158,25 @@ def test_the_demo_puts_both_arms_side_by_side(tmp_path: Path, capfd: pytest.Capt
 @pytest.mark.timeout(240)
 def test_the_comparison_pairs_seeds(tmp_path: Path) -> None:
     where = ["--output", str(tmp_path), "--json", str(tmp_path / "found.json")]
-    arms = [f"--{arm}={demo.CONFIGS}/charlm-{name}.yaml" for arm, name in (("base", "dense"), ("arm", "spardl"))]
-    assert (
-        compare.main(["--seeds", "2", "--first-seed", "7", "--ranks", "1", *where, *arms, *TINY_CHARLM, "steps=1"]) == 0
-    )
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert [summary["seed"] for summary in found["runs"]["arm"]] == [7, 8]
-    low, mean, high = (found["difference"][key] for key in ("low", "mean", "high"))
-    assert low <= mean <= high
-    # One rank sends nothing, and one step from the same weights on the same batch: only the update can differ.
-    first = [[summary["train_loss"] for summary in found["runs"][which]] for which in ("base", "arm")]
-    assert first[0] == first[1]
+    spardl = f"{demo.CONFIGS}/charlm-spardl.yaml"
+    arms = [f"--base={demo.CONFIGS}/charlm-dense.yaml", "--arms", f"{spardl} algorithm.density=0.1"]
+    how = [*TINY_CHARLM, "steps=1", "--seeds", "2", "--first-seed", "7", "--ranks", "1", "--reuse", *where, *arms]
+    assert compare.main(how) == 0
+    base, arm = json.loads((tmp_path / "found.json").read_text())
+    assert (base["label"], arm["label"]) == ("charlm-dense", "charlm-spardl algorithm.density=0.1")
+    assert [summary["seed"] for summary in arm["runs"]] == [7, 8]
+    assert base["difference"] is None
+    assert arm["difference"]["low"] <= arm["difference"]["mean"] <= arm["difference"]["high"]
+    # One step from the same weights on the same batch: only the update can differ.
+    assert [s["train_loss"] for s in arm["runs"]] == [s["train_loss"] for s in base["runs"]]
+    # Again: runs of the same settings that have finished are taken, others are not.
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob(report.METRICS)}
+    assert len(written) == 4
+    assert compare.main(how) == 0
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    for path in written:
+        read = compare.Arm.parse(str(next(iter(demo.CONFIGS.glob(f"{path.parent.name[:10]}*.yaml")))))
+        assert compare.finished(read, [*TINY_CHARLM, "steps=2"], path.parent) is None
 
 
 @pytest.mark.parametrize(
@@ -177,6 +185,9 @@ def test_the_comparison_pairs_seeds(tmp_path: Path) -> None:
         (["--seeds", "1"], "at least 2"),
         (["--first-seed", "-1"], "between 0 and"),
         (["--seeds", "5", "--first-seed", str(compare.TUNING_SEED - 4)], "between 0 and"),
+        (["--arms", "configs/digits-plain.yaml", "configs/digits-plain.yaml"], "'digits-plain' comes twice"),
+        (["--arms", f"{demo.CONFIGS}/digits-plain.yaml", "steps=400"], "no configuration 'steps=400'"),
+        (["--arms", f"{demo.CONFIGS}/digits-plain.yaml batchh=4"], "did you mean 'batch'?"),
     ],
 )
 def test_seeds_that_cannot_be_compared_are_refused(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from jobs.settings import SGD, AdamW, CharLM, Digits, load
+import sparcomm
+from jobs.settings import SGD, AdamW, CharLM, Digits, Settings, load
 from sparcomm.algorithms.spardl import SparDL
 from sparcomm.errors import ConfigError
 
@@ -34,13 +36,47 @@ def test_every_config_of_the_project_is_valid(path: Path) -> None:
     assert settings.task.name == path.stem.split("-")[0]
 
 
+def built(settings: Settings) -> sparcomm.HookState:
+    """The hook's state with these options, not started: their own checks have passed."""
+    algorithm = settings.build_algorithm()
+    assert algorithm is not None
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
+    return sparcomm.HookState(algorithm, optimizer=optimizer, **settings.hook.arguments())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "value"),
+    [
+        ([], "memory", sparcomm.ErrorFeedback()),
+        (["hook.memory={name: momentum_correction, momentum: 0.5, nesterov: true}"], "memory",
+         sparcomm.MomentumCorrection(0.5, nesterov=True)),
+        (["hook.memory={name: adam_correction, beta2: 0.9}"], "memory", sparcomm.AdamCorrection(0.9)),
+        (["hook.warmup={name: density, steps: 9}"], "warmup", sparcomm.DensityWarmup(9)),
+        (["hook.warmup={name: refresh, warmup: 9, growth: 2.0}"], "warmup", sparcomm.Refresh(9, growth=2.0)),
+        (["hook.skip=[biases, 100]"], "skip", ("biases", 100)),
+        (["hook.storage=bfloat16"], "storage", "bfloat16"),
+        (["hook.local_clip=2.0"], "local_clip", 2.0),
+        (["hook.lr_aware=5.0"], "lr_clamp", 5.0),
+        (["hook.auto_off=true"], "auto_off", True),
+        (["hook.check={every: 7, max_age: 300}"], "check", sparcomm.Check(every=7, max_age=300)),
+    ],
+)  # fmt: skip
+def test_options_of_the_hook(tmp_path: Path, overrides: list[str], name: str, value: object) -> None:
+    state = built(load(write(tmp_path), ["optimizer.momentum=0.0", *overrides]))
+    assert getattr(state.options, name) == value
+
+
+def test_dense_steps_first(tmp_path: Path) -> None:
+    warmup = built(load(write(tmp_path), ["hook.warmup={name: dense, steps: 3}"])).options.warmup
+    assert [warmup.at(step, 0.02) for step in range(5)] == [None, None, None, 0.02, 0.02]
+
+
 def test_the_configs_of_a_task_differ_in_the_algorithm_and_its_tuning_only() -> None:
     for task in ("digits", "charlm"):
         loaded = [load(path) for path in CONFIGS if path.stem.startswith(task)]
-        runs = [settings.model_dump(exclude={"algorithm", "output", "optimizer"}) for settings in loaded]
+        runs = [settings.model_dump(exclude={"algorithm", "hook", "output", "optimizer"}) for settings in loaded]
         assert len(runs) >= 2
         assert all(run == runs[0] for run in runs)
-        assert len({settings.optimizer.name for settings in loaded}) == 1
 
 
 def test_what_is_written_is_what_is_taken(tmp_path: Path) -> None:
@@ -101,6 +137,19 @@ def test_an_override_can_change_the_whole_section(tmp_path: Path) -> None:
         (["batch=[1"], ["batch=[1", "YAML", "column 3"]),
         (["bucket_mb=.inf"], ["bucket_mb=inf", "finite"]),
         (["timeout=1e300"], ["timeout=1e+300", "1000000"]),
+        (["hook.memry=3"], ["'hook.memry'", "did you mean 'memory'?", "warmup", "lr_aware"]),
+        (["hook.memory={name: dgc}"], ["hook.memory.name", "'error_feedback'", "'adam_correction'"]),
+        (["hook.memory={name: adam_correction, beta: 0.9}"], ["'hook.memory.beta'", "did you mean 'beta2'?", "eps"]),
+        (["hook.memory={name: momentum_correction, momentum: 1.5}"], ["hook.memory.momentum=1.5", "less than 1"]),
+        (["hook.memory={name: momentum_correction}"], ["momentum_correction", "momentum: 0.0"]),
+        (["hook.warmup={name: refresh}"], ["missing", "'hook.warmup.warmup'"]),
+        (["hook.check.evry=3"], ["'hook.check.evry'", "'every'", "max_age"]),
+        (["hook.lr_aware=0.5"], ["hook.lr_aware=0.5", "greater than or equal to 1"]),
+        (["hook.storage=int8"], ["hook.storage='int8'", "pinned"]),
+        (["hook.skip=[-1]"], ["hook.skip", "-1", "greater than or equal to 0"]),
+        (["algorithm=null", "hook.auto_off=true"], ["hook", "algorithm: null"]),
+        (["optimizer.momentum=0.0", "hook.memory={name: adam_correction}", "clip_norm=1.0"], ["local_clip"]),
+        (["optimizer={name: held_adamw, lr: 0.1}"], ["held_adamw", "refresh"]),
         (["batchh=1", "optimizer.lrr=1.0"], ["'batchh'", "'optimizer.lrr'"]),
     ],
 )
