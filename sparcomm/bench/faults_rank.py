@@ -17,12 +17,15 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import sparcomm
-from sparcomm import HookState
 from sparcomm.algorithms.base import Algorithm
+from sparcomm.algorithms.dense import Dense
+from sparcomm.algorithms.spardl import SparDL
+from sparcomm.algorithms.topk import TopKAllGather
 from sparcomm.bench.faults_plan import STEPS, Plan
+from sparcomm.ddp import HookState, attach
 from sparcomm.ddp.board import Board
 from sparcomm.ddp.step import Step
+from sparcomm.errors import NotInitializedError
 from sparcomm.transport.torchdist import TorchTransport
 from sparcomm.transport.torchdist.local import join_world, limit_world
 
@@ -129,12 +132,12 @@ class Net(nn.Module):
 def algorithm_of(plan: Plan, rank: int) -> Algorithm:
     """What this rank attaches; with the kind "differ", the victim's is another one."""
     known: dict[str, Algorithm] = {
-        "spardl": sparcomm.SparDL(density=0.05),
-        "direct": sparcomm.SparDL(density=0.05, schedule="direct", values="bfloat16"),
-        "topk": sparcomm.TopKAllGather(density=0.05),
+        "spardl": SparDL(density=0.05),
+        "direct": SparDL(density=0.05, schedule="direct", values="bfloat16"),
+        "topk": TopKAllGather(density=0.05),
     }
     if plan.kind == "differ" and rank == plan.victim:
-        others = [sparcomm.SparDL(density=0.06), sparcomm.SparDL(density=0.05, values="float16"), sparcomm.Dense()]
+        others = [SparDL(density=0.06), SparDL(density=0.05, values="float16"), Dense()]
         return others[plan.number % len(others)]
     return known[plan.algorithm]
 
@@ -182,7 +185,7 @@ class Run:
         trigger.start_clock()
         trigger.passing("before")
         timeout = 600.0 if plan.flaw == "patient" else plan.timeout
-        self.state = state = sparcomm.attach(ddp, algorithm_of(plan, self.rank), timeout=timeout)
+        self.state = state = attach(ddp, algorithm_of(plan, self.rank), timeout=timeout)
         last = plan.step if plan.kind == "none" else 10 * STEPS
         for step in range(last + 1):
             self.note()
@@ -233,7 +236,7 @@ class Run:
             seen["last"] = digest(self.params)
             try:
                 seen["committed"], seen["owes"] = self.owed()
-            except sparcomm.NotInitializedError:
+            except NotInitializedError:
                 seen["committed"] = -1
         seen["cause"], seen["cause_text"] = type(cause).__name__, str(cause)
         seen["blamed"] = list(getattr(cause, "ranks", ()) or ([cause.rank] if hasattr(cause, "rank") else []))  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from sparcomm.ddp import rollcall
 from sparcomm.ddp.rollcall import Pulse, Standing
-from sparcomm.ddp.stores import hosts, is_up, root_of
+from sparcomm.ddp.stores import Host, root_of
 from sparcomm.errors import CommunicationError, ConfigError, PeerError, RemoteError
 
 _ERROR = "error"
@@ -52,8 +52,8 @@ class Board:
         # Not a clone of it: a TCPStore's clone() takes 5 s every dozen times (torch 2.13). The price: a call here
         # waits while another thread of this process waits for a key, which no thread does during backward().
         store = c10d._get_process_group_store(group)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-        self._root = root_of(store)
-        hidden = isinstance(self._root, dist.HashStore)  # pyright: ignore[reportPrivateImportUsage]
+        self._where = Host(store)
+        hidden = isinstance(root_of(store), dist.HashStore)  # pyright: ignore[reportPrivateImportUsage]
         if hidden and self.size > 1:
             raise ConfigError(
                 f"the process group of {self.size} ranks was made with a HashStore, which other processes cannot see: "
@@ -70,7 +70,9 @@ class Board:
             raise self._without_store(f"start: the store of the process group does not answer: {error}") from error
         self._store = c10d.PrefixStore(f"sparcomm/{number}", store)
         self._standing = standing or (lambda: None)
-        self._pulse = Pulse(self._store, self.rank, self._standing, self._pace.period) if self.size > 1 else None
+        self._pulse: Pulse | None = None
+        if self.size > 1:
+            self._pulse = Pulse(self._store, self.rank, self._standing, self._pace.period, self._where)
 
     @property
     def wait(self) -> float:
@@ -97,7 +99,7 @@ class Board:
             self.meeting = False
 
     def _exchange(self, topic: str, value: Any) -> list[Any]:
-        mine = {"value": value, "hosts": hosts(self._store), "token": uuid.uuid4().hex}
+        mine = {"value": value, "hosts": self._where.here, "token": uuid.uuid4().hex}
         self._store.set(f"{topic}/{self.rank}", json.dumps(mine))
         keys = [f"{topic}/{r}" for r in range(self.size)]
         deadline, pause = time.monotonic() + self.timeout, 1e-3
@@ -192,7 +194,7 @@ class Board:
 
     def _ask(self, seconds: float, call: Callable[[], T]) -> T:
         """``call()`` of the store. Raises RuntimeError if it does not answer in time, or has not before."""
-        if self._mute or not is_up(self._root):
+        if self._mute or not self._where.is_up():
             raise RuntimeError("its host is gone" if not self._mute else "it did not before")
         try:
             return _within(seconds, call)

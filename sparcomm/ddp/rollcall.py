@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
-from sparcomm.ddp.stores import is_up
+from sparcomm.ddp.stores import Host
 
 _ALARM = "alarm"  # counts the roll calls of a hook
 
@@ -132,10 +132,14 @@ class Pulse:
 
     Args:
         standing: where this rank stands; None = whoever knew is gone. Must not keep the hook alive.
+        period: seconds between two looks.
+        host: of the store.
     """
 
-    def __init__(self, store: Any, rank: int, standing: Callable[[], Standing | None], period: float) -> None:
-        self._store, self._rank, self._standing, self._period = store, rank, standing, period
+    def __init__(
+        self, store: Any, rank: int, standing: Callable[[], Standing | None], period: float, host: Host
+    ) -> None:
+        self._store, self._rank, self._standing, self._period, self._host = store, rank, standing, period, host
         self._stop, self._farewell = threading.Event(), ""
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name=f"sparcomm-pulse-{rank}", daemon=True)
@@ -158,7 +162,7 @@ class Pulse:
         answered = 0
         try:
             while not self._stop.wait(self._period):
-                if not is_up(self._store):
+                if not self._host.is_up():
                     return
                 number = int(self._store.get(_ALARM)) if self._store.check([_ALARM]) else 0
                 if number > answered:
@@ -166,7 +170,7 @@ class Pulse:
                     if standing is not None:
                         self._store.set(f"here/{self._rank}/{number}", json.dumps(standing))
                     answered = number
-            if self._farewell and is_up(self._store):
+            if self._farewell and self._host.is_up():
                 self._store.set(f"left/{self._rank}", self._farewell)
         except RuntimeError:
             return  # the store's host went just now: nobody is left to be told

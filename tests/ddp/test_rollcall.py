@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 import weakref
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from sparcomm.ddp import rollcall
 from sparcomm.ddp.rollcall import Pace, Pulse, Standing, call, look_up, pace_of, standing_of, verdict
-from sparcomm.ddp.stores import hosts, is_up
+from sparcomm.ddp.stores import Host
 
 AT_WORK = Standing(7)
 PACE = Pace(0.02, 1.0)
@@ -62,7 +65,9 @@ def no_threads_left() -> bool:
 
 def test_those_that_run_answer_and_the_others_are_none() -> None:
     store = tcp()
-    pulses = [Pulse(store, r, lambda r=r: Standing(r, busy=False, seconds=1.5), PACE.period) for r in (1, 2)]
+    pulses = [
+        Pulse(store, r, lambda r=r: Standing(r, busy=False, seconds=1.5), PACE.period, Host(store)) for r in (1, 2)
+    ]
     answers = call(store, 0, 4, PACE)
     assert answers == {1: Standing(1, False, 1.5), 2: Standing(2, False, 1.5), 3: None}
     again = call(store, 3, 4, PACE)
@@ -76,7 +81,7 @@ def test_those_that_run_answer_and_the_others_are_none() -> None:
 
 def test_a_farewell_is_an_answer_and_says_why() -> None:
     store = tcp()
-    leaving, staying = (Pulse(store, r, lambda: AT_WORK, PACE.period) for r in (1, 2))
+    leaving, staying = (Pulse(store, r, lambda: AT_WORK, PACE.period, Host(store)) for r in (1, 2))
     leaving.stop(Standing(3, left="it closed its hook after 3 steps"))
     leaving.stop(Standing(9, left="twice"))
     start = time.monotonic()
@@ -107,27 +112,52 @@ def test_a_store_whose_host_has_gone_is_known_without_a_call() -> None:
     store = tcp()
     client = dist.TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False)
     prefixed = dist.PrefixStore("a", dist.PrefixStore("b", client))
-    assert (hosts(store), hosts(prefixed), is_up(prefixed), is_up(store)) == (True, False, True, True)
-    pulse = Pulse(prefixed, 1, lambda: AT_WORK, 0.01)
+    host = Host(prefixed)
+    assert host.here  # this process
+    assert host.is_up()
+    pulse = Pulse(prefixed, 1, lambda: AT_WORK, 0.01, host)
     del store
     deadline = time.monotonic() + 10
-    while is_up(prefixed) and time.monotonic() < deadline:
+    while host.is_up() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not is_up(prefixed)
+    assert not host.is_up()
     while pulse._thread.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not pulse._thread.is_alive()
     pulse.stop(Standing(1, left="nobody hears it"))
 
 
-def test_stores_that_tell_nothing_count_as_up() -> None:
-    assert is_up(dist.HashStore())
-    assert not hosts(dist.HashStore())
+def test_a_store_that_is_hosted_elsewhere(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch.distributed as dist\n"
+        "store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)\n"
+        "print(store.port, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        store = dist.TCPStore("127.0.0.1", int(process.stdout.readline()), is_master=False, wait_for_workers=False)
+        host = Host(store)
+        assert not host.here
+        assert host.is_up()
+        store.set("key", "value")
+        assert host.is_up()
+        assert store.get("key") == b"value"
+        process.kill()
+        process.wait()
+        assert not host.is_up()
+
+
+def test_stores_that_tell_nothing_count_as_up(tmp_path: Path) -> None:
+    for store in (dist.HashStore(), dist.FileStore(str(tmp_path / "store"), 1)):
+        host = Host(dist.PrefixStore("a", store))
+        assert host.is_up()
+        assert not host.here
 
 
 def test_a_fork_does_not_speak_for_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     store = tcp()
-    pulse = Pulse(store, 1, lambda: AT_WORK, PACE.period)
+    pulse = Pulse(store, 1, lambda: AT_WORK, PACE.period, Host(store))
     with monkeypatch.context() as patch:
         patch.setattr(rollcall.os, "getpid", os.getppid)
         pulse.stop(Standing(2, left="a data loader's worker ended"))
@@ -140,7 +170,7 @@ def test_a_fork_does_not_speak_for_the_rank(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_pulse_ends_while_the_store_is_busy_elsewhere() -> None:
     """A wait for a key holds the store's lock: the pulse stands behind it, and still ends with it."""
     store = tcp()
-    pulse = Pulse(store, 1, lambda: AT_WORK, 0.01)
+    pulse = Pulse(store, 1, lambda: AT_WORK, 0.01, Host(store))
 
     def wait() -> None:
         with pytest.raises(dist.DistStoreError):
