@@ -44,12 +44,22 @@ class Host:
         if self._connection is None:
             return True
         try:
-            with socket.socket(fileno=os.dup(self._connection)) as peer:
+            with _socket(self._connection) as peer:
                 if peer.getpeername()[1] != self._port:
                     return True  # the file is another one by now
                 return peer.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
         except OSError as error:
             return error.errno not in _GONE  # EAGAIN: connected, and nothing has come
+
+
+def _socket(fd: int) -> socket.socket:
+    """A duplicate of an open file, to be closed. Raises OSError if it is no socket; nothing is left open then."""
+    copy = os.dup(fd)
+    try:
+        return socket.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
+        raise
 
 
 def _sockets() -> Iterator[tuple[int, bool, str, int]]:
@@ -60,7 +70,7 @@ def _sockets() -> Iterator[tuple[int, bool, str, int]]:
         return
     for fd in numbers:
         try:
-            with socket.socket(fileno=os.dup(fd)) as found:
+            with _socket(fd) as found:
                 if found.family not in (socket.AF_INET, socket.AF_INET6):
                     continue
                 listens = bool(found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))

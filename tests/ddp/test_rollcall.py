@@ -181,3 +181,14 @@ def test_a_pulse_ends_while_the_store_is_busy_elsewhere() -> None:
     pulse.stop()
     waiting.join()
     assert no_threads_left()
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="the system does not list open files there")
+def test_looking_for_the_host_leaves_no_file_open() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    before = len(os.listdir("/dev/fd"))  # noqa: PTH208  (not paths)
+    for _ in range(10):
+        host = Host(store)
+        assert host.here
+        assert host.is_up()
+    assert len(os.listdir("/dev/fd")) == before  # noqa: PTH208
