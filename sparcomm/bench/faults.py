@@ -50,7 +50,7 @@ def row(kind: str, outcomes: list[Outcome]) -> dict[str, Any]:
 
 def rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
     """One row per kind, and one of all."""
-    kinds = list(dict.fromkeys(o.plan.kind for o in outcomes))
+    kinds = [k for k in KINDS if any(o.plan.kind == k for o in outcomes)]
     return [*(row(k, [o for o in outcomes if o.plan.kind == k]) for k in kinds), row("all", outcomes)]
 
 
