@@ -43,12 +43,10 @@ def test_every_kind_of_fault_is_known_to_all_in_time_and_leaves_nothing_wrong() 
 
 @pytest.mark.slow
 @pytest.mark.timeout(320)
-@pytest.mark.parametrize(("flaw", "kind", "column"), [("patient", "stall", "hangs"), ("leaky", "kill", "wrong")])
-def test_a_hook_that_is_broken_on_purpose_is_found_out(flaw: str, kind: str, column: str) -> None:
-    # With this seed the fault strikes in step 10: by then a leak shows.
-    status, rows, said = run("--count", "1", "--seed", "20", "--kinds", kind, "--flaw", flaw, "--slack", "2")
+def test_a_hook_that_is_broken_on_purpose_is_found_out() -> None:
+    status, rows, said = run("--count", "1", "--seed", "20", "--kinds", "stall", "--flaw", "patient", "--slack", "2")
     assert status == 1, said
-    assert rows["all"][column] == 1, said
+    assert rows["all"]["hangs"] == 1, said
 
 
 def test_plans_are_drawn_from_the_seed_and_reach_every_kind_and_point() -> None:
