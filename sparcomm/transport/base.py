@@ -7,6 +7,8 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from sparcomm.errors import ConfigError
+
 Op = Literal["sum", "max", "band", "bor"]
 
 
@@ -30,6 +32,21 @@ class Traffic:
         self.messages += messages
         self.bytes_sent += sent
         self.bytes_received += received
+
+
+@dataclass(frozen=True)
+class Link:
+    """A network link: seconds of latency per message and bytes per second. Default: 1 Gbit/s Ethernet.
+
+    Raises ConfigError for a negative latency or a bandwidth that is not positive.
+    """
+
+    latency: float = 1e-4
+    bandwidth: float = 125e6
+
+    def __post_init__(self) -> None:
+        if not self.latency >= 0 or not self.bandwidth > 0:
+            raise ConfigError(f"{self}: latency must be at least 0 seconds, bandwidth above 0 bytes per second")
 
 
 class Transport(Protocol):
@@ -87,4 +104,8 @@ class Transport(Protocol):
 
     def split(self, color: int, key: int) -> Transport:
         """A transport over the ranks that gave the same ``color``, ordered by ``key`` (then rank); collective."""
+        ...
+
+    def measure(self) -> Link:
+        """The slowest rank's link to its neighbour, the same on all ranks; collective, and not booked as traffic."""
         ...

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sparcomm.errors import ConfigError, PeerError
-from sparcomm.transport.base import Op, Traffic
+from sparcomm.transport.base import Link, Op, Traffic
+from sparcomm.transport.probe import probe
 
 OPS: tuple[str, ...] = get_args(Op)
 _ADDABLE = (
@@ -196,6 +197,19 @@ class BaseTransport(ABC):
         rows: list[list[int]] = pairs.tolist()
         members = sorted((k, r) for r, (c, k) in enumerate(rows) if c == color)
         return self._make_split([r for _, r in members], color)
+
+    def measure(self) -> Link:
+        """See ``Transport.measure``: exchanges with the next rank, of few bytes and of 1 MiB (probe.py)."""
+        self._enter(Call("measure"))
+        to, source = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        found = probe(lambda x, y: self._exchange(x, to, y, source, False), self._probe_device())
+        every = torch.empty((self.size, 2), dtype=torch.float64)
+        self._gather_setup(every, torch.tensor(found, dtype=torch.float64))
+        latency, per_byte = every.amax(dim=0).tolist()
+        return Link(latency, 1 / per_byte)
+
+    def _probe_device(self) -> torch.device:
+        return torch.device("cpu")  # what this transport can send
 
     # ---- the end ----------------------------------------------------------------------------------------------
 

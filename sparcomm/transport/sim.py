@@ -29,25 +29,10 @@ from typing import Any, Generic, TypeVar, cast
 from torch import Tensor
 
 from sparcomm.errors import ConfigError, DisagreementError, PeerError
-from sparcomm.transport.base import Op, Traffic
+from sparcomm.transport.base import Link, Op, Traffic
 from sparcomm.transport.common import BaseTransport, Call, Shared, nbytes, shape_of
 
 R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class Link:
-    """A network link: seconds of latency per message and bytes per second. Default: 1 Gbit/s Ethernet.
-
-    Raises ConfigError for a negative latency or a bandwidth that is not positive.
-    """
-
-    latency: float = 1e-4
-    bandwidth: float = 125e6
-
-    def __post_init__(self) -> None:
-        if not self.latency >= 0 or not self.bandwidth > 0:
-            raise ConfigError(f"{self}: latency must be at least 0 seconds, bandwidth above 0 bytes per second")
 
 
 @dataclass
@@ -152,6 +137,12 @@ class SimTransport(BaseTransport):
             self._gather(out, x)
         finally:
             world.links[self.me] = link
+
+    def measure(self) -> Link:
+        """The links of the run are known."""
+        self._enter(Call("measure"))
+        links = self._world.links
+        return Link(max(links[m].latency for m in self.members), min(links[m].bandwidth for m in self.members))
 
     def _make_split(self, members: list[int], color: int) -> SimTransport:
         group = (*self.group, self._tag, color)

@@ -255,6 +255,17 @@ def check_bad_arguments_are_refused(t: BaseTransport) -> None:
     assert x.tolist() == [p] * 4
 
 
+def check_measuring_is_agreed_on_and_not_booked(t: BaseTransport) -> None:
+    before = astuple(t.traffic)
+    link = t.measure()
+    assert astuple(t.traffic) == before
+    assert link.latency >= 0
+    assert link.bandwidth > 0
+    every = torch.empty(t.size, 2, dtype=torch.float64)
+    t.all_gather(every, torch.tensor(astuple(link), dtype=torch.float64))
+    assert bool((every == every[0]).all())
+
+
 def check_abort_wakes_whoever_waits(t: BaseTransport) -> None:
     if t.size == 1:
         t.abort("had enough")
