@@ -8,13 +8,15 @@ additions) is written here once, and is therefore the same on every backend.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping
 from typing import NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from sparcomm.errors import ConfigError, PeerError
-from sparcomm.transport.base import Op, Traffic
+from sparcomm.transport.base import Op, Traffic, Transport
 
 OPS: tuple[str, ...] = get_args(Op)
 _ADDABLE = (
@@ -87,6 +89,8 @@ class BaseTransport(ABC):
         self._shared = shared or Shared()
         self._tag = 0  # number of this transport's transfers so far: the same on all ranks at matching calls
         self.call = Call("")
+        self.siblings: Mapping[int, int] = {}
+        self.subgroups: dict[str, tuple[int, int, Transport]] = {}
         self._closed = False
 
     @property
@@ -195,7 +199,9 @@ class BaseTransport(ABC):
         self._gather_setup(pairs, torch.tensor([color, key], dtype=torch.int64))
         rows: list[list[int]] = pairs.tolist()
         members = sorted((k, r) for r, (c, k) in enumerate(rows) if c == color)
-        return self._make_split([r for _, r in members], color)
+        made = self._make_split([r for _, r in members], color)
+        made.siblings = dict(sorted(Counter(c for c, _ in rows).items()))
+        return made
 
     # ---- the end ----------------------------------------------------------------------------------------------
 
@@ -209,8 +215,11 @@ class BaseTransport(ABC):
             self._die()
 
     def close(self) -> None:
-        """Frees what this transport owns; later calls raise PeerError. Idempotent. Not collective."""
+        """Frees what this transport owns, with ``subgroups``; later calls raise PeerError. Idempotent. Not collective."""
         self._closed = True
+        for _, _, group in list(self.subgroups.values()):
+            group.close()
+        self.subgroups.clear()
 
     # ---- what a backend supplies ------------------------------------------------------------------------------
 
