@@ -26,6 +26,7 @@ from sparcomm.errors import (
 if TYPE_CHECKING:
     from sparcomm.algorithms.base import Algorithm
     from sparcomm.algorithms.dense import Dense
+    from sparcomm.algorithms.hierarchical import Hierarchical
     from sparcomm.algorithms.spardl import SparDL
     from sparcomm.algorithms.topk import TopKAllGather
     from sparcomm.config import algorithm_from_config
@@ -51,6 +52,7 @@ __all__ = [
     "DisagreementError",
     "ErrorFeedback",
     "GradientError",
+    "Hierarchical",
     "HookError",
     "HookState",
     "MomentumCorrection",
@@ -72,6 +74,7 @@ __all__ = [
 _HOME = {
     "Algorithm": "sparcomm.algorithms.base",
     "Dense": "sparcomm.algorithms.dense",
+    "Hierarchical": "sparcomm.algorithms.hierarchical",
     "SparDL": "sparcomm.algorithms.spardl",
     "TopKAllGather": "sparcomm.algorithms.topk",
     "algorithm_from_config": "sparcomm.config",

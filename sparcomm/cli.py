@@ -85,7 +85,7 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable
 
 def describe(name: str, cls: type[Algorithm]) -> dict[str, Any]:
     """What ``sparcomm list --json`` says of one algorithm."""
-    rows = [{**s._asdict(), "allowed": list(s.allowed)} for s in settings(cls)]
+    rows = [{**s._asdict(), "default": _plain(s.default), "allowed": list(s.allowed)} for s in settings(cls)]
     return {"name": name, "class": cls.__name__, "doc": (cls.__doc__ or "").strip().split("\n")[0], "fields": rows}
 
 
@@ -105,8 +105,18 @@ def bench(context: typer.Context) -> None:
     import_module(f"{bench_package.__name__}.{name}").main(arguments)
 
 
+def _plain(default: Any) -> Any:
+    """A default as a configuration would give it."""
+    if not isinstance(default, Algorithm):
+        return default
+    return {"name": default.name, **{key: _plain(value) for key, value in default.fields().items()}}
+
+
 def _default(row: dict[str, Any]) -> str:
-    return "(required)" if row["required"] else repr(row["default"])
+    default: Any = row["default"]
+    if isinstance(default, dict):
+        return str(default["name"])
+    return "(required)" if row["required"] else repr(default)
 
 
 def _meaning(row: dict[str, Any]) -> str:

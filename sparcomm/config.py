@@ -5,6 +5,7 @@ The registry finds the classes; this file reads their fields, so a new algorithm
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import inspect
@@ -49,7 +50,8 @@ def algorithm_from_config(config: Mapping[str, Any]) -> Algorithm:
 
     Args:
         config: ``name`` is required, every other key is a field of that algorithm. Values must have the field's
-            own type (an int serves as a float; nothing else is converted).
+            own type (an int serves as a float, a list as a tuple; nothing else is converted). A field that is an
+            algorithm takes one, a mapping like this, or text such as ``spardl(density=0.01)``.
 
     Raises:
         ConfigError: not a mapping, unknown name or key, mistyped or forbidden value. The message lists what is valid.
@@ -73,6 +75,28 @@ def algorithm_from_config(config: Mapping[str, Any]) -> Algorithm:
         raise ConfigError(f"algorithm {name!r} needs {_listed(missing)}")
     hints = get_type_hints(cls)
     return cls(**{key: _checked(name, fields[key], hints[key], value) for key, value in given.items()})
+
+
+def algorithm_from_text(text: str) -> Algorithm:
+    """The algorithm that text such as ``spardl`` or ``spardl(density=0.01, schedule='direct')`` describes.
+
+    Values are Python literals, or algorithms written in the same way.
+
+    Raises:
+        ConfigError: anything else, or what ``algorithm_from_config`` refuses.
+    """
+    try:
+        found = ast.parse(text.strip(), mode="eval").body
+        if isinstance(found, ast.Name):
+            return algorithm_from_config({"name": found.id})
+        if isinstance(found, ast.Call) and isinstance(found.func, ast.Name) and not found.args:
+            given = {str(k.arg): _literal(k.value) for k in found.keywords if k.arg is not None}
+            if len(given) == len(found.keywords) and "name" not in given:
+                return algorithm_from_config({"name": found.func.id, **given})
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+    raise ConfigError(f"{text!r} is no algorithm: write NAME or NAME(field=value, ...), as in 'spardl(density=0.01)'")
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -109,10 +133,39 @@ def _documented(docstring: str) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in zip(entries[::2], entries[1::2], strict=True)}
 
 
+def _literal(node: ast.expr) -> Any:
+    """A value in the text of an algorithm; another algorithm stays text."""
+    return ast.unparse(node) if isinstance(node, ast.Call) else ast.literal_eval(node)
+
+
+def _nested(name: str, setting: Setting, value: Any) -> Algorithm:
+    """An algorithm that is a field of algorithm ``name``."""
+    if isinstance(value, Algorithm):
+        return value
+    if not isinstance(value, (str, Mapping)):
+        raise ConfigError(
+            f"{setting.name}={value!r} for algorithm {name!r}: must be an algorithm, as a mapping with a 'name' or as "
+            "text such as 'spardl(density=0.01)'"
+        )
+    made: Any = value
+    try:
+        return algorithm_from_text(made) if isinstance(made, str) else algorithm_from_config(made)
+    except ConfigError as error:
+        raise ConfigError(f"{name}.{setting.name}: {error}") from error
+
+
+def _tuples(value: Any) -> Any:
+    """Lists, which is what YAML has, as the tuples that a frozen configuration holds."""
+    items: Any = value
+    return tuple(map(_tuples, items)) if isinstance(items, list) else value
+
+
 def _checked(name: str, setting: Setting, hint: Any, value: Any) -> Any:
+    if isinstance(hint, type) and issubclass(hint, Algorithm):
+        return _nested(name, setting, value)
     adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
     try:
-        taken = adapter.validate_python(value, strict=True)
+        taken = adapter.validate_python(_tuples(value), strict=True)
     except ValidationError:
         pass
     else:

@@ -11,6 +11,7 @@ import pytest
 import sparcomm
 from sparcomm import cli
 from sparcomm.algorithms import registry
+from sparcomm.config import algorithm_from_config
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -47,6 +48,8 @@ def test_list_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert set(found) == set(registry())
     fields = {field["name"]: field for field in found["spardl"]["fields"]}
     assert fields["density"]["default"] == 0.01
+    nested = {field["name"]: field["default"] for field in found["hierarchical"]["fields"]}
+    assert algorithm_from_config(nested["outer"]) == registry()["spardl"]()
     assert fields["density"]["type"] == "float"
     assert found["dense"]["fields"][0]["allowed"] == [False, True]
     assert all(entry["doc"] for entry in found.values())

@@ -25,6 +25,7 @@ PUBLIC = [
     "DisagreementError",
     "ErrorFeedback",
     "GradientError",
+    "Hierarchical",
     "HookError",
     "HookState",
     "MomentumCorrection",

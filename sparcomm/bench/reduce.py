@@ -52,6 +52,7 @@ def synchronise(
         The sample, and the mean of the first step.
     """
     n, size = grad.numel(), transport.size
+    algorithm.check_size(size)
     state, residual = algorithm.init(n, grad.dtype, grad.device, size), None
     state.wants_sent = state.wants_total = False
     mean, first = torch.empty_like(grad), torch.empty(0)
@@ -76,5 +77,5 @@ def synchronise(
 
 def selected(algorithm: Algorithm, n: int, size: int) -> int:
     """The k whose global top-k a step is compared with: the density's, or n where everything travels."""
-    density = algorithm.fields().get("density")
+    density = getattr(algorithm, "density", None)
     return n if density is None or algorithm.kept(n, size) == n else quota(density, n)

@@ -30,6 +30,7 @@ def configuration(algorithm: Algorithm, size: int, parameters: Sequence[torch.Te
         "parameters": ", ".join(f"{count} {name}" for name, count in sorted(dtypes.items())),
         "algorithm": algorithm.name,
         **fields,
+        **algorithm.surroundings(),
     }
 
 

@@ -84,6 +84,7 @@ class Engine:
             mine = agreement.configuration(algorithm, self.size, parameters) | options.describe()
             mine["skipped parameters"] = str(sum(id(p) in skipped for p in parameters))
             agreement.compare(self._board.exchange("configuration", mine))
+            algorithm.check_size(self.size)
             device = parameters[0].device if parameters else None
             self.transport = TorchTransport.from_group(
                 group, device=device, timeout=self._board.wait, name=self._board.token

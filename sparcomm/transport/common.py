@@ -215,7 +215,7 @@ class BaseTransport(ABC):
             self._die()
 
     def close(self) -> None:
-        """Frees what this transport owns, with ``subgroups``; later calls raise PeerError. Idempotent. Not collective."""
+        """Frees what this transport owns, ``subgroups`` too; later calls raise PeerError. Idempotent, and local."""
         self._closed = True
         for _, _, group in list(self.subgroups.values()):
             group.close()

@@ -98,15 +98,26 @@ def owed(residual: Tensor | None, like: Tensor) -> Tensor:
 class Damaging:
     """A transport that flips one bit of what arrives in its ``at``-th call; everything else is passed on."""
 
-    def __init__(self, transport: Transport, at: int, seed: int) -> None:
+    def __init__(self, transport: Transport, at: int, seed: int, parent: Damaging | None = None) -> None:
         self._transport, self._left, self._random = transport, at, random.Random(seed)
+        self._parent = parent
         self.hit = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
+    def split(self, color: int, key: int) -> Damaging:
+        """Its calls count as this one's."""
+        return Damaging(self._transport.split(color, key), 0, 0, self)
+
     def _count(self, call: Callable[[], None], arrived: Tensor | None) -> None:
         call()
+        self._arrive(arrived)
+
+    def _arrive(self, arrived: Tensor | None) -> None:
+        if self._parent is not None:
+            self._parent._arrive(arrived)
+            return
         self._left -= 1
         if self._left == -1 and arrived is not None and arrived.numel():
             raw = arrived.view(-1).view(torch.uint8)
