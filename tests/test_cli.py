@@ -10,7 +10,7 @@ import pytest
 
 import sparcomm
 from sparcomm import cli
-from sparcomm.algorithms import registry
+from sparcomm.algorithms import Algorithm, registry
 from sparcomm.config import algorithm_from_config
 
 
@@ -39,7 +39,7 @@ def test_list_names_every_algorithm_with_its_fields(
         assert name in shown
         for field, default in cls().fields().items():
             assert field in shown
-            assert repr(default) in shown
+            assert (default.name if isinstance(default, Algorithm) else repr(default)) in shown
 
 
 def test_list_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

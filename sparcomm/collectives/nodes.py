@@ -12,6 +12,7 @@ from sparcomm.errors import ConfigError
 from sparcomm.transport.base import Transport
 
 LOCAL_SIZE = "LOCAL_WORLD_SIZE"  # set by torchrun
+_ASKED = 32  # bits
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Nodes:
         if self.local_size is not None:
             return self.local_size
         found = os.environ.get(LOCAL_SIZE, "")
-        if not (found.isdecimal() and int(found)):
+        if not (found.isdecimal() and 0 < int(found) < 1 << _ASKED):
             said = f"{LOCAL_SIZE}={found!r}" if found else f"{LOCAL_SIZE} is not set"
             raise ConfigError(
                 f"hierarchical: how many ranks a node has is unknown ({said}): start with torchrun, "
@@ -62,8 +63,8 @@ class Nodes:
         if self.groups is not None:
             if sorted(r for group in self.groups for r in group) != list(range(size)):
                 raise ConfigError(f"groups={self.groups}: must name every rank from 0 to {size - 1} once")
-        elif size % self.per_node:
-            raise ConfigError(_uneven([self.per_node] * (size // self.per_node) + [size % self.per_node], size))
+        elif size % (s := self.per_node):
+            raise ConfigError(_uneven([s] * (size // s) + [size % s], {s}))
 
     def teams(self, transport: Transport) -> tuple[Transport, Transport]:
         """(this rank's node, the ranks of all nodes that have its local number). Collective at the first call.
@@ -79,9 +80,10 @@ class Nodes:
             key = self.groups[number].index(rank)
         # A color holds how many its rank takes to be in the group, so that all ranks see from the sizes who is wrong.
         name = f"of {per_node} by {self.groups}"
-        node = split_once(transport, f"node {name}", number * (size + 1) + min(per_node, size), key)
-        if any(color % (size + 1) != count for color, count in node.siblings.items()) or per_node > size:
-            raise ConfigError(_uneven(list(node.siblings.values()), size))
+        node = split_once(transport, f"node {name}", number << _ASKED | per_node, key)
+        counts, asked = list(node.siblings.values()), {color & (1 << _ASKED) - 1 for color in node.siblings}
+        if len(asked) > 1 or asked != set(counts):
+            raise ConfigError(_uneven(counts, asked))
         if per_node == 1:
             return node, transport
         return node, split_once(transport, f"across nodes {name}", node.rank, number)
@@ -95,11 +97,12 @@ def _check_groups(groups: Any) -> None:
     if len(set(ranks)) < len(ranks):
         raise ConfigError(f"groups={groups!r}: names a rank twice")
     if len({len(g) for g in groups}) > 1:
-        raise ConfigError(_uneven([len(g) for g in groups], len(ranks)))
+        raise ConfigError(_uneven([len(g) for g in groups], set(map(len, groups))))
 
 
-def _uneven(counts: Sequence[int], size: int) -> str:
+def _uneven(counts: Sequence[int], asked: set[int]) -> str:
     return (
-        f"hierarchical: {size} ranks in nodes of {', '.join(map(str, counts))}: all nodes must have the same number of "
-        "ranks; local_size= a divisor, or groups=, cuts them otherwise"
+        f"hierarchical: {sum(counts)} ranks make nodes of {', '.join(map(str, counts))}, where "
+        f"{' or '.join(map(str, sorted(asked)))} were asked for: all nodes must have the same number of ranks; "
+        "local_size= a divisor, or groups=, cuts them otherwise"
     )

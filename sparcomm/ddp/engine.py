@@ -34,7 +34,7 @@ from sparcomm.ddp.rollcall import Standing, standing_of
 from sparcomm.ddp.step import Step
 from sparcomm.ddp.units import Carried, Partition
 from sparcomm.ddp.worker import Inline, Worker
-from sparcomm.errors import DamagedBag, HookError
+from sparcomm.errors import ConfigError, DamagedBag, HookError
 from sparcomm.kernels import warm_up
 from sparcomm.transport.torchdist import TorchTransport
 
@@ -61,6 +61,7 @@ class Engine:
         carried: state that has no unit yet: loaded from a checkpoint taken before the units were final.
 
     Raises:
+        ConfigError: the algorithm cannot run over so many ranks.
         ConfigMismatch: ranks have different configurations.
         PeerError, RemoteError: a rank did not come, or failed.
     """
@@ -90,7 +91,9 @@ class Engine:
                 group, device=device, timeout=self._board.wait, name=self._board.token
             )
         except Exception as error:  # noqa: BLE001
-            shown = error if isinstance(error, agreement.AGREED) else self._board.report(error)
+            # What does not fit the agreed number of ranks, too, every rank finds by itself.
+            found = isinstance(error, (*agreement.AGREED, ConfigError))
+            shown = error if found else self._board.report(error)
             self._board.close()
             raise shown from None
         self.log = log.get_logger(self.rank, self.size)
