@@ -1,4 +1,4 @@
-"""Two levels behind the hook over real ranks: exact at density 1, refused alike. test_checkpoint.py saves and resumes."""
+"""Two levels behind the hook over real ranks: exact at density 1, refused alike. See test_checkpoint.py for saving."""
 
 from __future__ import annotations
 
