@@ -149,7 +149,7 @@ def _packet(density: float, layout: str, values: str, n: int, size: int, blocks:
     """Made once: a step asks for it dozens of times."""
     tile, rounds = SHAPES[layout](n, size)
     length = tile * rounds
-    return Packet(blocks * block_quota(density, n, size, length), blocks * length, wire_dtype(values))
+    return Packet(blocks * block_quota(density, n, size, length), blocks * length, values)
 
 
 class _Run:
@@ -182,7 +182,7 @@ class _Run:
         with self.clock.span("code"):
             joined = torch.cat([i + at * self.cut.length for at, i in enumerate(index)]) if len(index) > 1 else index[0]
             values = torch.cat(value) if len(value) > 1 else value[0]
-            decoded = packet.encode(joined, values, bag[wire.HEADER_WORDS :], self.kernels)
+            decoded = packet.encode(joined, values, bag[wire.HEADER_WORDS :], self.kernels).value
             for at, (i, b) in enumerate(zip(index, blocks, strict=True)):
                 self.kernels.deduct(self.work, b, decoded[at * share : (at + 1) * share])
                 self.chosen[b] = i

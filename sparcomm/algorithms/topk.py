@@ -57,7 +57,7 @@ class TopKAllGather(SparseAlgorithm):
         return [replace(c, values=v) for c in base for v in ("float32", "bfloat16", "float16")]
 
     def _packet(self, n: int) -> Packet:
-        return Packet(quota(self.density, n), n, wire_dtype(self.values))
+        return Packet(quota(self.density, n), n, self.values)
 
     def _sparse_cost(self, n: int, size: int) -> Cost:
         bag = wire.WORD * (wire.HEADER_WORDS + self._packet(n).words)
@@ -77,7 +77,7 @@ class TopKAllGather(SparseAlgorithm):
             index, value = kernels.select(work, 0, packet.k)
         with state.clock.span("code"):
             bag = bags.empty(packet.words)
-            kernels.deduct(work, 0, packet.encode(index, value, bag[wire.HEADER_WORDS :], kernels))
+            kernels.deduct(work, 0, packet.encode(index, value, bag[wire.HEADER_WORDS :], kernels).value)
             kernels.settle(work, 0, index)
             bags.seal(bag)
             arrived = bags.empty(packet.words, rows=transport.size)

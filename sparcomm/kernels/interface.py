@@ -141,7 +141,7 @@ class Kernels(Protocol):
             flags: DAMAGED is set unless ``words`` is exactly what ``elias_fano_encode`` writes for the result.
 
         Returns:
-            (k,) int64, non-decreasing, in [0, m), even if damaged. The host waits for nothing.
+            (k,) int64, strictly increasing, in [0, m): 0, 1, ..., k - 1 if damaged. The host waits for nothing.
 
         Raises:
             SparcommError: ``words`` has the wrong length, or k > m.
@@ -158,6 +158,79 @@ class Kernels(Protocol):
 
     def bitmap_decode(self, words: Tensor, k: int, m: int, flags: Tensor) -> Tensor:
         """As ``elias_fano_decode``, of the (wire.bitmap_words(m),) words of a bitmap."""
+        ...
+
+    def rice_encode(self, index: Tensor, m: int, out: Tensor) -> int:
+        """Golomb-Rice codes k strictly increasing indices below m: their gaps, in as few bits as such a code can.
+
+        ``docs/wire-format.md`` has the layout. The number of low bits is the one (the smallest, if several) that makes
+        the code shortest; where it is 0 the code is a bitmap. Nothing is written for k = 0 and k = m. The host waits
+        for the device: this is for bags of variable length only.
+
+        Args:
+            index: (k,) int64.
+            out: (wire.rice_words(k, m),) int32, whose beginning is overwritten; the rest stays as it is.
+
+        Returns:
+            How many words that is. Unused bits of the last one are zero.
+
+        Raises:
+            SparcommError: ``out`` has another length, or m is 2^60 or more.
+        """
+        ...
+
+    def rice_decode(self, words: Tensor, k: int, m: int, flags: Tensor) -> Tensor:
+        """The k indices below m that ``words`` codes. The host waits for the device.
+
+        Args:
+            words: int32, as many as ``rice_encode`` returned, but any number of any bits at all is safe.
+            flags: DAMAGED is set unless ``words`` is exactly what ``rice_encode`` writes for the result.
+
+        Returns:
+            (k,) int64, strictly increasing, in [0, m): 0, 1, ..., k - 1 if damaged.
+
+        Raises:
+            SparcommError: k > m, or m is 2^60 or more.
+        """
+        ...
+
+    def quantize(self, value: Tensor, scale: Tensor, code: Tensor, seed: int | None) -> Tensor:
+        """Writes values as int8 codes; groups of ``wire.GROUP`` consecutive ones share a scale, a power of two.
+
+        A value is ``code * 2^(scale - 134)``, exact in float32 and float64. The scale is the one at which the group's
+        largest finite magnitude is coded as 64 to 127 (0 if it is below 2^-127), so integers up to 127 come through as
+        they are. Float64 goes by way of float32, as in ``narrow``. For finite values ``value - decoded`` is exact in
+        the working dtype, but for those below half a unit that random bits lift to a whole one.
+
+        What rounds to 128 becomes 127, as do inf and what random bits would lift there; NaN becomes 0. Neither inf
+        nor NaN can be told from the codes: they travel as the status bit of the bag, which makes the step void.
+
+        Args:
+            value: (k,) working dtype.
+            scale: (wire.scales(k),) uint8, overwritten.
+            code: (k,) int8, -127 to 127, overwritten.
+            seed: None rounds to nearest, ties to even. 0 to 2^32 - 1 rounds down after adding a random number of
+                [0, 1), in units of the scale: the 32-bit word of which ``round_stochastic`` takes the top half, times
+                2^-32, added in float64. Where nothing saturates the expected value is ``value``: exactly if it is a
+                multiple of 2^-32 units, as all above 2^-9 are, else to within 2^-32 units.
+
+        Returns:
+            (k,) what a receiver will read, of ``value``'s dtype, in memory of its own.
+
+        Raises:
+            SparcommError: a shape or dtype does not fit.
+        """
+        ...
+
+    def dequantize(self, scale: Tensor, code: Tensor, dtype: torch.dtype, flags: Tensor) -> Tensor:
+        """Values in the working dtype ``dtype`` from what ``quantize`` wrote; finite whatever the bytes.
+
+        Args:
+            flags: DAMAGED is set if a code is -128, which is never written; it counts as -127.
+
+        Raises:
+            SparcommError: a shape or dtype does not fit.
+        """
         ...
 
     def narrow(self, value: Tensor, out: Tensor) -> Tensor:

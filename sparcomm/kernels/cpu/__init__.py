@@ -16,7 +16,8 @@ from torch import Tensor
 
 from sparcomm import wire
 from sparcomm.errors import SparcommError
-from sparcomm.kernels.cpu import _code, _round, _sparse
+from sparcomm.kernels.checks import check_code, check_rice, check_rounding, check_scales
+from sparcomm.kernels.cpu import _code, _quantize, _rice, _round, _sparse
 from sparcomm.kernels.cpu.working import SIGNED, Lists, streams
 from sparcomm.kernels.interface import Working
 from sparcomm.layout import Layout
@@ -121,14 +122,14 @@ def merge_sum(a: Sparse, b: Sparse) -> Sparse:
 def elias_fano_encode(index: Tensor, m: int, out: Tensor) -> None:
     """Low bits verbatim, then a unary bitmap of the high parts."""
     k = index.numel()
-    _check_code(out, k, m, wire.elias_fano_words(k, m))
+    check_code(out, k, m, wire.elias_fano_words(k, m))
     if not _code.elias_fano_encode(_array(index), m, wire.low_bits(k, m), _words(out)):
         raise _disorder(m)
 
 
 def elias_fano_decode(words: Tensor, k: int, m: int, flags: Tensor) -> Tensor:
     """The inverse of elias_fano_encode, on any bits."""
-    _check_code(words, k, m, wire.elias_fano_words(k, m))
+    check_code(words, k, m, wire.elias_fano_words(k, m))
     out = torch.empty(k, dtype=torch.int64, device="cpu")
     _code.elias_fano_decode(_words(words), k, m, wire.low_bits(k, m), _array(out), _array(flags))
     return out
@@ -136,16 +137,59 @@ def elias_fano_decode(words: Tensor, k: int, m: int, flags: Tensor) -> Tensor:
 
 def bitmap_encode(index: Tensor, m: int, out: Tensor) -> None:
     """Bit i % 32 of word i // 32."""
-    _check_code(out, index.numel(), m, wire.bitmap_words(m))
+    check_code(out, index.numel(), m, wire.bitmap_words(m))
     if not _code.bitmap_encode(_array(index), m, _words(out)):
         raise _disorder(m)
 
 
 def bitmap_decode(words: Tensor, k: int, m: int, flags: Tensor) -> Tensor:
     """The inverse of bitmap_encode, on any bits."""
-    _check_code(words, k, m, wire.bitmap_words(m))
+    check_code(words, k, m, wire.bitmap_words(m))
     out = torch.empty(k, dtype=torch.int64, device="cpu")
     _code.bitmap_decode(_words(words), m, _array(out), _array(flags))
+    return out
+
+
+def rice_encode(index: Tensor, m: int, out: Tensor) -> int:
+    """Low bits of the gaps, then their unary parts."""
+    k = index.numel()
+    check_rice(k, m, out)
+    if k in (0, m):
+        if not _code.increasing(_array(index), m):
+            raise _disorder(m)
+        return 0
+    used = _rice.encode(_array(index), m, wire.low_bits(k, m), _words(out))
+    if used < 0:
+        raise _disorder(m)
+    return used
+
+
+def rice_decode(words: Tensor, k: int, m: int, flags: Tensor) -> Tensor:
+    """The inverse of rice_encode, on any number of any bits."""
+    check_rice(k, m)
+    if k not in (0, m):
+        out = torch.empty(k, dtype=torch.int64, device="cpu")
+        _rice.decode(_words(words), m, _array(out), _array(flags))
+        return out
+    if words.numel():
+        flags |= wire.DAMAGED
+    return torch.arange(k, device="cpu")
+
+
+def quantize(value: Tensor, scale: Tensor, code: Tensor, seed: int | None) -> Tensor:
+    """Codes of 8 bits in units of a power of two per group; returns what a receiver reads."""
+    check_scales(scale, code, value)
+    decoded = torch.empty_like(value)
+    word = np.uint32((seed or 0) & 0xFFFFFFFF)
+    _quantize.quantize(_array(value), _array(scale), _array(code), seed is not None, word, _array(decoded))
+    return decoded
+
+
+def dequantize(scale: Tensor, code: Tensor, dtype: torch.dtype, flags: Tensor) -> Tensor:
+    """The inverse of quantize, on any bytes."""
+    check_scales(scale, code)
+    out = torch.empty(code.numel(), dtype=dtype, device="cpu")
+    _quantize.dequantize(_array(scale), _array(code), _array(out), _array(flags))
     return out
 
 
@@ -164,7 +208,7 @@ def widen(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def round_stochastic(x: Tensor, out: Tensor, seed: int) -> None:
     """Adds 16 random bits below those that bfloat16 keeps, then cuts."""
-    _check_rounding(x, out)
+    check_rounding(x, out)
     _round.round_stochastic(_array(x).view(np.uint32), _array(out), np.uint32(seed & 0xFFFFFFFF))
 
 
@@ -225,21 +269,6 @@ def _check_block(layout: Layout, block: int) -> None:
 def _check_pair(index: Tensor, value: Tensor) -> None:
     if index.shape != value.shape:
         raise SparcommError(f"shapes {tuple(index.shape)} and {tuple(value.shape)} must be equal")
-
-
-def _check_rounding(x: Tensor, out: Tensor) -> None:
-    if x.dtype != torch.float32 or out.dtype != torch.bfloat16 or x.shape != out.shape:
-        raise SparcommError(
-            f"stochastic rounding of {x.dtype}{list(x.shape)} to {out.dtype}{list(out.shape)}: "
-            "must be float32 to bfloat16, of one shape"
-        )
-
-
-def _check_code(words: Tensor, k: int, m: int, expected: int) -> None:
-    if words.numel() != expected or not 0 <= k <= m:
-        raise SparcommError(
-            f"code of k={k} indices below m={m} in {words.numel()} words: needs 0 <= k <= m and {expected} words"
-        )
 
 
 def _disorder(m: int) -> SparcommError:

@@ -53,6 +53,9 @@ def _value_kernels(dtype: torch.dtype) -> None:
     cpu.merge_sum(Sparse(index, value, n), Sparse(index, value, n))
     for wire_dtype in WIRE_DTYPES.values():
         cpu.narrow(value, torch.empty(3, dtype=wire_dtype))
+    scale, code = torch.empty(1, dtype=torch.uint8), torch.empty(3, dtype=torch.int8)
+    cpu.quantize(value, scale, code, None)
+    cpu.dequantize(scale, code, dtype, flags)
 
 
 def _code_kernels() -> None:
@@ -64,3 +67,5 @@ def _code_kernels() -> None:
     cpu.bitmap_encode(index, 100, words)
     cpu.bitmap_decode(words, 3, 100, flags)
     cpu.checksum(words)
+    words = torch.empty(wire.rice_words(3, 100), dtype=torch.int32)
+    cpu.rice_decode(words[: cpu.rice_encode(index, 100, words)], 3, 100, flags)
