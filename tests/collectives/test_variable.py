@@ -157,6 +157,12 @@ def test_a_variable_bag_is_read_as_sealed_or_refused(data: st.DataObject) -> Non
     assert got == content
 
 
+def test_no_bag_of_a_heap_takes_the_room_of_two() -> None:
+    heap = torch.cat([bag_of([0] * (CAPACITY + 1)), bag_of([1])])
+    with pytest.raises(DamagedBag, match="bag from rank 4 has length 13 instead of at most 12"):
+        split_bags(fresh(), heap, [4, 5], CAPACITY)
+
+
 def test_a_bag_of_variable_length_ends_where_its_header_says() -> None:
     bags = fresh()
     assert bags.open(bag_of([1, 2, 3], room=4), 0, variable=True).tolist() == [1, 2, 3]

@@ -34,7 +34,9 @@ def elias_fano_by_hand(index: list[int], m: int) -> list[int]:
     return words
 
 
-@pytest.mark.parametrize(("k", "m"), [*LENGTHS, (1, 1 << 33), (7, 1 << 33), (300, (1 << 33) + 5), (3, 1 << 45)])
+@pytest.mark.parametrize(
+    ("k", "m"), [*LENGTHS, (1, 1 << 33), (7, 1 << 33), (300, (1 << 33) + 5), (3, 1 << 45), (40, 1 << 43)]
+)
 def test_elias_fano_is_bit_for_bit_the_documented_code(kernels: Any, k: int, m: int) -> None:
     picks = [increasing(k, m), torch.arange(k), torch.arange(m - k, m)]
     for index in picks:
@@ -62,6 +64,15 @@ def test_bitmap_is_bit_for_bit_the_documented_code(kernels: Any, k: int, m: int)
 @settings(max_examples=300)
 def test_decoders_survive_any_words(case: tuple[str, torch.Tensor, int, int]) -> None:
     check_any_words(*case)
+
+
+def test_low_bits_that_lead_beyond_the_last_position_are_damage() -> None:
+    for m in (100, 999, (1 << 43) - 100):
+        words = encode(IMPLEMENTATIONS["cpu"], "elias_fano", torch.tensor([m - 1]), m)
+        words[: wire.words(wire.low_bits(1, m))] = -1
+        unused = 32 * wire.words(wire.low_bits(1, m)) - wire.low_bits(1, m)
+        words[wire.words(wire.low_bits(1, m)) - 1] = (1 << (32 - unused)) - 1
+        assert check_any_words("elias_fano", words, 1, m) == wire.DAMAGED
 
 
 @pytest.mark.parametrize("code", CODES)

@@ -29,16 +29,18 @@ def rice_by_hand(index: list[int], m: int) -> list[int]:
     gaps = [b - a - 1 for a, b in zip([-1, *index], index, strict=False)]
     codes: list[str] = []
     for low in range(m.bit_length()):
-        lows = [format(g % (1 << low), f"0{low}b")[::-1] if low else "" for g in gaps] if low < 40 else []
-        if sum(g >> low for g in gaps) > 1 << 16 or not lows:
+        if sum(g >> low for g in gaps) > 1 << 16:
             continue  # far from the shortest
+        lows = [format(g % (1 << low), f"0{low}b")[::-1] if low else "" for g in gaps]
         codes.append(format(low, "06b")[::-1] + "".join(lows) + "".join("0" * (g >> low) + "1" for g in gaps))
     bits = min(codes, key=len)  # the first of the shortest
     bits += "0" * (-len(bits) % 32)
     return [int(bits[i : i + 32][::-1], 2) for i in range(0, len(bits), 32)]
 
 
-@pytest.mark.parametrize(("k", "m"), [*LENGTHS, (0, 9), (9, 9), (1, 1 << 33), (7, 1 << 33), (300, (1 << 33) + 5)])
+@pytest.mark.parametrize(
+    ("k", "m"), [*LENGTHS, (0, 9), (9, 9), (1, 1 << 33), (7, 1 << 33), (300, (1 << 33) + 5), (40, 1 << 43)]
+)
 def test_bit_for_bit_the_documented_code(kernels: Any, k: int, m: int) -> None:
     for index in (increasing(k, m), torch.arange(k), torch.arange(m - k, m)):
         words = encode(kernels, "rice", index, m)
@@ -96,11 +98,12 @@ def test_within_two_percent_of_the_entropy(density: float) -> None:
 
 def test_no_word_of_ones_takes_long() -> None:
     k, m = 100_000, 10_000_000
+    decode(cpu, "rice", torch.zeros(1, dtype=torch.int32), 1, 9)  # compiles
     for fill in (-1, 0, 0x55555555):
         words = torch.full((wire.rice_words(k, m),), fill, dtype=torch.int32)
-        start = time.perf_counter()
+        start = time.process_time()
         assert decode(cpu, "rice", words, k, m)[1] == wire.DAMAGED
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("wrong", [[0, 0], [1, 0], [-1, 3], [3, 100], [(1 << 63) - 1, -(1 << 63)]])
