@@ -7,7 +7,6 @@ accelerator the host does not wait: entries that must not be stored are masked, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,117 +14,41 @@ from torch import Tensor
 
 from sparcomm import wire
 from sparcomm.errors import SparcommError
-from sparcomm.kernels.interface import Working
+from sparcomm.kernels._entries import add, gather, scatter, subtract
+from sparcomm.kernels._entries import raise_flag as _raise_flag
+from sparcomm.kernels._entries import saturate as _saturate
+from sparcomm.kernels._sums import above, compensate, count_above, deduct, merge, sample, select, settle, survey, top
 from sparcomm.layout import Layout
 from sparcomm.sparse import Sparse
 
+__all__ = [
+    "above",
+    "add",
+    "bitmap_decode",
+    "bitmap_encode",
+    "checksum",
+    "compensate",
+    "count_above",
+    "deduct",
+    "elias_fano_decode",
+    "elias_fano_encode",
+    "expand",
+    "gather",
+    "merge",
+    "merge_sum",
+    "narrow",
+    "round_stochastic",
+    "sample",
+    "scatter",
+    "select",
+    "settle",
+    "subtract",
+    "survey",
+    "top",
+    "widen",
+]
+
 MASK32 = 0xFFFFFFFF
-
-
-@dataclass(eq=False)
-class Dense(Working):
-    """What ``compensate`` returns: beside ``out`` a full vector of the sums."""
-
-    out: Tensor
-    layout: Layout
-    sums: Tensor
-    flags: Tensor
-    chosen: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
-
-
-def compensate(
-    grad: Tensor,
-    residual: Tensor | None,
-    out: Tensor,
-    layout: Layout,
-    k: int,  # noqa: ARG001
-    flags: Tensor,
-) -> Working:
-    """Writes grad + residual, twice."""
-    out.copy_(grad)
-    if residual is not None:
-        out.add_(residual)
-    _raise_flag(flags, wire.NONFINITE, ~out.isfinite())
-    return Dense(out, layout, out.clone(), flags)
-
-
-def select(work: Working, block: int, k: int) -> tuple[Tensor, Tensor]:
-    """Positions and sums of the k largest magnitudes."""
-    x, layout, chosen = _open(work, block)
-    if not 0 <= k <= layout.length:
-        raise SparcommError(f"select: k={k} must be in [0, {layout.length}], the length of a block")
-    everywhere = torch.arange(layout.length, device=x.device)
-    key = _magnitude(gather(x, everywhere, layout, block))
-    index = chosen[block] = key.sort(descending=True, stable=True).indices[:k].sort().values
-    return index, gather(x, index, layout, block)
-
-
-def merge(work: Working, block: int, index: Tensor, value: Tensor) -> None:
-    """Adds to the sums."""
-    x, layout, _ = _open(work, block)
-    add(x, index, value, layout, block, _dense(work).flags)
-
-
-def deduct(work: Working, block: int, value: Tensor) -> None:
-    """Takes what was sent from the sums."""
-    dense = _dense(work)
-    chosen = dense.chosen.get(block)
-    if chosen is None or value.shape != chosen.shape:
-        raise SparcommError(f"block {block}: {value.numel()} values to deduct, but as many must have been selected")
-    subtract(dense.sums, chosen, value, dense.layout, block)
-
-
-def settle(work: Working, block: int, index: Tensor) -> None:
-    """Writes sums to out."""
-    dense = _dense(work)
-    scatter(dense.out, index, gather(dense.sums, index, dense.layout, block), dense.layout, block)
-
-
-def _dense(work: Working) -> Dense:
-    if not isinstance(work, Dense):
-        raise SparcommError(f"{type(work).__name__} was not made by this implementation's compensate")
-    return work
-
-
-def _open(work: Working, block: int) -> tuple[Tensor, Layout, dict[int, Tensor]]:
-    dense = _dense(work)
-    if block in dense.chosen:
-        raise SparcommError(f"block {block} has been selected from already: nothing can be merged or selected again")
-    return dense.sums, dense.layout, dense.chosen
-
-
-def gather(x: Tensor, index: Tensor, layout: Layout, block: int) -> Tensor:
-    """Values at local positions."""
-    if not layout.numel:
-        return x.new_zeros(index.shape)
-    j, stored, _ = _place(index, layout, block)
-    return torch.where(stored, x[j], 0)
-
-
-def subtract(x: Tensor, index: Tensor, value: Tensor, layout: Layout, block: int) -> None:
-    """x[index] -= value."""
-    if layout.numel:
-        j, stored, _ = _place(index, layout, block)
-        _store(x, j, stored, x[j] - value)
-
-
-def add(x: Tensor, index: Tensor, value: Tensor, layout: Layout, block: int, flags: Tensor) -> None:
-    """x[index] += value."""
-    if not layout.numel:
-        _raise_flag(flags, wire.DAMAGED, torch.ones_like(index, dtype=torch.bool))
-        return
-    j, stored, inside = _place(index, layout, block)
-    _raise_flag(flags, wire.DAMAGED, ~inside)
-    new = x[j] + value
-    _raise_flag(flags, wire.NONFINITE, stored & ~new.isfinite())
-    _store(x, j, stored, new)
-
-
-def scatter(out: Tensor, index: Tensor, value: Tensor, layout: Layout, block: int) -> None:
-    """out[index] = value."""
-    if layout.numel:
-        j, stored, _ = _place(index, layout, block)
-        _store(out, j, stored, value)
 
 
 def expand(out: Tensor, index: Sequence[Tensor], value: Sequence[Tensor], layout: Layout) -> None:
@@ -226,34 +149,6 @@ def _mix(w: Any) -> Any:
     return w ^ (w >> 16)
 
 
-def _magnitude(x: Tensor) -> Tensor:
-    """IEEE bits without the sign: int32 of float32, int64 of float64."""
-    if x.dtype == torch.float64:
-        return x.view(torch.int64) & 0x7FFFFFFFFFFFFFFF
-    return x.view(torch.int32) & 0x7FFFFFFF
-
-
-def _raise_flag(flags: Tensor, bit: int, where: Tensor) -> None:
-    flags.bitwise_or_(where.any().to(torch.uint8) * bit)
-
-
-def _place(index: Tensor, layout: Layout, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Global positions that are safe to read, whether each is stored (no padding), whether each is in the block."""
-    inside = (index >= 0) & (index < layout.length)
-    j = layout.to_global(torch.where(inside, index, 0), block)
-    return j.clamp(max=layout.numel - 1), inside & (j < layout.numel), inside
-
-
-def _store(x: Tensor, j: Tensor, stored: Tensor, value: Tensor) -> None:
-    """x[j] = value where stored. The others repeat a stored entry, or write x[0] to itself if there is none."""
-    if not j.numel():
-        return
-    first = stored.to(torch.uint8).argmax().view(1)
-    source = torch.where(stored, torch.arange(j.numel(), device=j.device), first)
-    some = stored[first]
-    x[torch.where(some, j[source], 0)] = torch.where(some, value[source], x[:1])
-
-
 def _mark(places: Tensor, bits: int) -> Tensor:
     """(bits,) int64: 1 at places, else 0."""
     out = torch.zeros(bits, dtype=torch.int64, device=places.device)
@@ -301,8 +196,3 @@ def _check_rounding(x: Tensor, out: Tensor) -> None:
             f"stochastic rounding of {x.dtype}{list(x.shape)} to {out.dtype}{list(out.shape)}: "
             "must be float32 to bfloat16, of one shape"
         )
-
-
-def _saturate(cast: Tensor, finite: Tensor) -> Tensor:
-    """Replaces infinities that rounding made of finite values by the largest finite value of the dtype."""
-    return torch.where(finite, cast.nan_to_num(), cast)
