@@ -13,7 +13,7 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 
 LAYERS = (
     {"errors"},  # whatever fails needs them, so they come before everything
-    {"dtypes", "wire", "layout", "sparse", "clock", "density", "workspace"},
+    {"dtypes", "wire", "layout", "sparse", "clock", "density", "workspace", "threads"},
     {"kernels", "transport"},
     {"memory", "feedback", "codecs", "collectives", "selectors"},
     {"algorithms"},

@@ -131,11 +131,7 @@ def top(index: Tensor, value: Tensor, k: int) -> Tensor:
 def sample(grad: Tensor, residual: Tensor | None, count: int) -> Tensor:
     """One element of each share."""
     n = grad.numel()
-    if count < 1 or count & (count - 1) or grad.dim() != 1 or (residual is not None and residual.shape != grad.shape):
-        shapes = [tuple(t.shape) for t in (grad, residual) if t is not None]
-        raise SparcommError(
-            f"sample of count={count} from {shapes}: needs a power of two, and flat vectors of one shape"
-        )
+    _check_sample(grad, residual, count)
     place = torch.arange(min(count, n), device=grad.device)
     if n > count:
         chance = ((place * -0x61C8864680B583EB) >> 40) & 0xFFFFFF  # 0x9E3779B97F4A7C15, as int64 has it
