@@ -72,7 +72,12 @@ def everything(k: Any, dtype: torch.dtype) -> list[torch.Tensor]:
     decoded = k.narrow(value, message)
     k.deduct(work, 1, decoded)
     k.settle(work, 1, index[:50])
+    k.merge(work, 1, index[:20], value[:20])
     other = k.gather(out, index, layout, 0)
+    survey = k.survey(out, layout, 100, flags, torch.tensor([0.5, -1], dtype=working))
+    counts = torch.tensor([k.count_above(survey, b, t) for b in range(2) for t in (0.1, 1.0)])
+    exceeding = [t for b in range(2) for t in k.above(survey, b, 1.0, 700)]
+    places = [k.top(index, value, 30), k.sample(grad, residual, 64), k.sample(grad, None, 4096)]
     k.subtract(out, index, decoded, layout, 0)
     k.add(out, index + 1, value, layout, 0, flags)
     k.scatter(out, index[:9], value[:9], layout, 0)
@@ -99,6 +104,9 @@ def everything(k: Any, dtype: torch.dtype) -> list[torch.Tensor]:
         bitmap,
         both.index,
         both.value,
+        counts,
+        *exceeding,
+        *places,
         *lists,
         *checks,
     ]
@@ -139,6 +147,10 @@ def test_the_reference_never_waits_for_a_device() -> None:
     decoded = k.narrow(value, meta(20, dtype=torch.bfloat16))
     k.deduct(work, 1, decoded)
     k.settle(work, 1, index)
+    k.merge(work, 1, index, value)
+    k.above(k.survey(x, layout, 20, flags), 0, 1.0, 20)
+    k.sample(x, None, 64)
+    k.top(index, value, 5)
     k.subtract(x, index, k.gather(x, index, layout, 1), layout, 1)
     k.add(x, index, value, layout, 1, flags)
     k.scatter(x, index, value, layout, 1)

@@ -1,7 +1,7 @@
 """The kernels on CPUs, compiled by Numba: tensors in, NumPy views inside, nothing copied.
 
 ``sparcomm/kernels/interface.py`` holds the contracts. Loops are serial and release the GIL; call them from as many
-threads as there are ranks in the process.
+threads as there are ranks in the process. Passes over large vectors are cut into one part per thread of torch's.
 """
 
 from __future__ import annotations

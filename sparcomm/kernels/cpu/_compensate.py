@@ -20,7 +20,7 @@ GROUP = 2  # positions written at a time: without a branch per position, of whic
 AHEAD = 4 * PIECE  # how far before it is looked at a vector is asked for
 SHARE = 256  # of a block's positions one in so many is sampled,
 FEWEST = 1 << 10  # but at least so many in a block,
-SAMPLES = 1 << 14  # and at most so many in all blocks
+SAMPLES = 1 << 15  # and at most so many in all blocks
 
 U = np.uint64
 
@@ -108,10 +108,10 @@ def compensate(
         stop = min((t + 1) * tile, last)
         for lo in range(start, stop, PIECE):
             size = min(PIECE, stop - lo)
-            fetch(grad, lo + PIECE, PIECE)
-            fetch(residual, lo + PIECE, PIECE)
             put(span(grad, lo, size), span(residual, lo, size), span(scratch, 0, size))
             copy(scratch, out, lo, size, streaming)
+            fetch(grad, lo + PIECE, PIECE)
+            fetch(residual, lo + PIECE, PIECE)
             if found[b] + size + GROUP <= index.shape[1]:
                 local = lo - (t - t // blocks) * tile
                 run = span(bits, 0, size)

@@ -1,7 +1,7 @@
 """The one door to Numba: how kernels are compiled, where they are cached, and the few instructions Numba lacks.
 
 Kernels are serial and release the GIL. Numba's parallel loops abort the process when several threads enter them on
-its default threading layer, and a rank is meant to have one core: ranks, not loops, are what runs in parallel.
+its default threading layer; where a rank has several cores, _parts.py runs a kernel on several parts of a vector.
 """
 
 # ruff: noqa: ARG001, ARG005

@@ -45,6 +45,8 @@ def cut(numel: int, tile: int) -> list[tuple[int, int]]:
 
 def run(jobs: Sequence[Callable[[], R]]) -> list[R]:
     """The jobs' results; all but the first are done by other threads. Returns, or raises, when all have ended."""
+    if len(jobs) == 1:
+        return [jobs[0]()]
     others = [_submit(job) for job in jobs[1:]]
     try:
         first = jobs[0]()

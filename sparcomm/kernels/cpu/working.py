@@ -30,8 +30,8 @@ STREAMED = 1 << 24  # bytes that are too many to be found in a cache when they a
 
 def streams(out: Any, tiles: int, tile: int, vectors: int = 1) -> bool:
     """Whether ``out``, one of so many vectors in use, is to be written past the caches: tiles are full cache lines."""
-    aligned = out.ctypes.data % 64 == 0 and (tiles == 1 or tile * out.itemsize % 64 == 0)
-    return vectors * out.nbytes >= STREAMED and aligned
+    large = vectors * out.nbytes >= STREAMED
+    return large and out.ctypes.data % 64 == 0 and (tiles == 1 or tile * out.itemsize % 64 == 0)
 
 
 @dataclass(eq=False)
@@ -196,10 +196,10 @@ class Lists(Working):
         if not 0 <= threshold < math.inf:
             raise SparcommError(f"threshold={threshold} must be a finite number, 0 or more")
         real = self.x.dtype.type
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):  # it may lie beyond all of that dtype's
             near = real(threshold)
-        if near > threshold:
-            near = np.nextafter(near, real(0))
+            if float(near) > threshold:
+                near = np.nextafter(near, real(0))
         return int(abs(near).view(self.floor.dtype)) + 1
 
     def deduct(self, b: int, less: Any) -> None:
