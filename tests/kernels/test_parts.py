@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -44,15 +45,14 @@ def test_the_number_of_threads_changes_no_bit(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kind: str, parts: int
 ) -> None:
     grad, working = data(kind, N, dtype), working_dtype(dtype)
-    monkeypatch.setattr(_parts, "LARGE", 1)
     for layout in (dealt(N, 3), contiguous(N, 3), whole(N)):
         for floor in (None, torch.full((layout.blocks,), 1.5, dtype=working)):
             with threads.serial():
                 expected = step(grad, layout, floor)
-            monkeypatch.setattr(threads, "allowed", lambda: parts)
-            found = step(grad, layout, floor)
-            monkeypatch.undo()
-            monkeypatch.setattr(_parts, "LARGE", 1)
+            with monkeypatch.context() as patch:
+                patch.setattr(_parts, "LARGE", 1)
+                patch.setattr(threads, "allowed", lambda: parts)
+                found = step(grad, layout, floor)
             assert all(same(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -64,7 +64,7 @@ def test_parts_cover_a_vector_and_start_where_a_tile_or_a_piece_does(
     monkeypatch.setattr(_parts, "LARGE", 1)
     monkeypatch.setattr(threads, "allowed", lambda: count)
     parts = _parts.cut(n, tile)
-    assert len(parts) == count
+    assert len(parts) >= count
     assert [first for first, _ in parts] + [n] == [0] + [last for _, last in parts]
     assert all(first % tile % 1024 == 0 for first, _ in parts)
 
@@ -74,7 +74,7 @@ def test_threads_are_torchs_but_for_ranks_that_are_threads() -> None:
     try:
         torch.set_num_threads(2)
         assert threads.allowed() == 2
-        assert len(_parts.cut(1 << 20, 1024)) == 2
+        assert len(_parts.cut(1 << 20, 1024)) == 4
         assert len(_parts.cut((1 << 20) - 1, 1024)) == 1
         with threads.serial():
             assert threads.allowed() == 1
@@ -89,28 +89,45 @@ def test_threads_are_torchs_but_for_ranks_that_are_threads() -> None:
         torch.set_num_threads(before)
 
 
-def test_a_failure_waits_for_all_parts_and_is_raised() -> None:
+def test_a_failure_waits_for_the_parts_under_way_and_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "allowed", lambda: 2)
     ended: list[int] = []
-    gate = threading.Event()
+    begun, failing = threading.Event(), threading.Event()
 
-    def fail() -> int:
-        gate.set()
-        raise ValueError("part 0")
+    def fail() -> None:
+        begun.wait(10)
+        failing.set()
+        raise ValueError("a part")
 
-    def work() -> int:
-        gate.wait(10)
+    def work() -> None:
+        begun.set()
+        failing.wait(10)
         ended.append(1)
-        return 1
 
-    with pytest.raises(ValueError, match="part 0"):
-        _parts.run([fail, work])
-    assert ended == [1]
-    with pytest.raises(ValueError, match="part 0"):
-        _parts.run([work, fail])
+    for jobs in ([fail, work], [work, fail]):  # whoever does which
+        begun.clear()
+        failing.clear()
+        ended.clear()
+        with pytest.raises(ValueError, match="a part"):
+            _parts.run(jobs)
+        assert ended == [1]
+
+
+def test_what_no_other_thread_begins_is_done_by_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "allowed", lambda: 4)
+    with ThreadPoolExecutor(1) as busy:
+        monkeypatch.setattr(_parts, "_pool", busy)
+        gate = threading.Event()
+        busy.submit(gate.wait, 30)
+        assert _parts.run([threading.get_ident] * 9) == [threading.get_ident()] * 9
+        gate.set()
+    assert _parts.run([threading.get_ident] * 9) == [threading.get_ident()] * 9, "after a shutdown, too"
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
-def test_a_forked_child_makes_threads_of_its_own() -> None:
+def test_a_forked_child_makes_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "allowed", lambda: 3)
+
     def square(i: int) -> Any:
         return lambda: i * i
 

@@ -17,6 +17,7 @@ from sparcomm.kernels.cpu._select import infinity, kth, peak, stored_in
 
 OVERFLOW = 1 << 40  # length of a list that would not have fitted
 GROUP = 2  # positions written at a time: without a branch per position, of which many would be guessed wrong
+LEAST = PIECE + GROUP  # places that have to be free in a list for it to be added to
 AHEAD = 4 * PIECE  # how far before it is looked at a vector is asked for
 SHARE = 256  # of a block's positions one in so many is sampled,
 FEWEST = 1 << 10  # but at least so many in a block,
@@ -43,7 +44,7 @@ def capacity(k: int, stored: int, size: int) -> int:
     """Places for what reaches that floor, almost surely."""
     place = rank(k, stored, size)
     share = min(1.0, (place + 6 * math.sqrt(place) + 8) / size)
-    return math.ceil(share * stored) + PIECE + GROUP
+    return math.ceil(share * stored) + LEAST
 
 
 @jit

@@ -8,6 +8,7 @@ many there were.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
@@ -18,6 +19,8 @@ from sparcomm.kernels.cpu._jit import PIECE
 R = TypeVar("R")
 
 LARGE = 1 << 20  # elements from which handing a part to another thread costs little
+LEAST = 1 << 18  # elements of a part at least,
+SHARES = 4  # and parts for every thread at most
 _pool: ThreadPoolExecutor | None = None
 
 
@@ -31,10 +34,14 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def cut(numel: int, tile: int) -> list[tuple[int, int]]:
-    """Ranges of a vector, one per thread that may be used: in order, whole tiles or at least whole pieces of them."""
-    count = threads.allowed() if numel >= LARGE else 1
-    if count == 1:
+    """Ranges of a vector for ``run``, in order: whole tiles, or at least whole pieces of them.
+
+    Several for each thread that may be used: how fast the other cores are, if they are free at all, nobody knows.
+    """
+    allowed = threads.allowed() if numel >= LARGE else 1
+    if allowed == 1:
         return [(0, numel)]
+    count = max(allowed, min(SHARES * allowed, numel // LEAST))
     bounds = [0]
     for j in range(1, count):
         place = numel * j // count
@@ -44,18 +51,33 @@ def cut(numel: int, tile: int) -> list[tuple[int, int]]:
 
 
 def run(jobs: Sequence[Callable[[], R]]) -> list[R]:
-    """The jobs' results; all but the first are done by other threads. Returns, or raises, when all have ended."""
+    """The jobs' results, whoever of the threads that may be used does them. Returns, or raises, when all have ended."""
     if len(jobs) == 1:
         return [jobs[0]()]
-    others = [_submit(job) for job in jobs[1:]]
+    results: dict[int, R] = {}
+    left = deque(range(len(jobs)))
+
+    def work() -> None:
+        while left:
+            try:
+                i = left.popleft()
+            except IndexError:  # another thread was faster
+                return
+            results[i] = jobs[i]()
+
+    helpers = [helper for _ in range(threads.allowed() - 1) if (helper := _submit(work))]
     try:
-        first = jobs[0]()
+        work()
     finally:
-        wait([future for future in others if future])
-    return [first, *(future.result() if future else job() for job, future in zip(jobs[1:], others, strict=True))]
+        left.clear()
+        started = [helper for helper in helpers if not helper.cancel()]  # who has not even begun is not waited for
+        wait(started)
+    for helper in started:
+        helper.result()
+    return [results[i] for i in range(len(jobs))]
 
 
-def _submit(job: Callable[[], R]) -> Future[R] | None:
+def _submit(job: Callable[[], None]) -> Future[None] | None:
     """None if no thread can be had any more: the interpreter is shutting down."""
     global _pool
     pool = _pool

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,23 +82,32 @@ class Lists(Working):
         drawn = np.empty(size, x.dtype)
         place = _compensate.rank(k, layout.length, size)
         _compensate.floors(grad, residual, self.slot, tile, layout.numel, place, drawn, drawn.view(floor.dtype), floor)
-        parts = _parts.cut(layout.numel, tile)
-        shape = (len(parts), layout.blocks, _compensate.capacity(k, layout.length, size))
-        index, value, found = np.empty(shape, np.int64), np.empty(shape, x.dtype), np.zeros(shape[:2], np.int64)
+        most = _compensate.capacity(k, layout.length, size)
         streaming = self.writable and streams(x, owner.size, tile, 2 if residual is None else 3)
 
-        def part(j: int) -> bool:
-            lists, span = (owner, tile, floor, index[j], value[j], found[j]), parts[j]
-            if self.writable:
-                return _compensate.compensate(grad, residual, x, *lists, *span, streaming)
-            return _compensate.survey(x, self.bits, *lists, *span)
+        def part(first: int, last: int) -> tuple[bool, Any, Any, Any]:
+            # Twice its share of the places, and if that does not do, because what is large lies here, all of them.
+            share = 2 * most * (last - first) // max(layout.numel, 1) + _compensate.LEAST
+            for room in (share, most) if share < most else (most,):
+                index, value = np.empty((layout.blocks, room), np.int64), np.empty((layout.blocks, room), x.dtype)
+                lists = owner, tile, floor, index, value, (found := np.zeros(layout.blocks, np.int64)), first, last
+                if self.writable:
+                    bad = _compensate.compensate(grad, residual, x, *lists, streaming)
+                else:
+                    bad = _compensate.survey(x, self.bits, *lists)
+                if found.max() < _compensate.OVERFLOW:
+                    break
+            return bad, found.tolist(), index, value
 
-        if any(_parts.run([functools.partial(part, j) for j in range(len(parts))])):
+        parts = _parts.cut(layout.numel, tile)
+        bad, found, index, value = zip(*_parts.run([functools.partial(part, *p) for p in parts]), strict=True)
+        if any(bad):
             self.flags[0] |= wire.NONFINITE
-        for b, lengths in enumerate(found.T.tolist()):
+        for b in range(layout.blocks):
+            lengths = [n[b] for n in found]
             if max(lengths) >= _compensate.OVERFLOW:
-                lengths, floor[b] = [0], np.iinfo(floor.dtype).max
-            self.blocks.append(Block(_join(index[:, b], lengths), _join(value[:, b], lengths)))
+                lengths, floor[b] = [0] * len(lengths), np.iinfo(floor.dtype).max
+            self.blocks.append(Block(_join(index, b, lengths), _join(value, b, lengths)))
 
     def merge(self, b: int, more: Any, extra: Any) -> None:
         """Adds to a block's sums."""
@@ -218,14 +228,7 @@ class Lists(Working):
         _sparse.settle(block.index, block.value, wanted, self.x, self.slot, b, self.layout.tile)
 
 
-def _join(parts: Any, lengths: list[int]) -> Any:
-    """The first so many of each row, one after the other, in the first row if they fit."""
-    if len(lengths) == 1:
-        return parts[0, : lengths[0]]
-    if sum(lengths) > parts.shape[1]:
-        return np.concatenate([row[:n] for row, n in zip(parts, lengths, strict=True)])
-    end = lengths[0]
-    for row, n in zip(parts[1:], lengths[1:], strict=True):
-        parts[0, end : end + n] = row[:n]
-        end += n
-    return parts[0, :end]
+def _join(lists: Sequence[Any], b: int, lengths: list[int]) -> Any:
+    """The beginnings, so long, of a row of each part's lists, one after the other."""
+    rows = [rows[b, :n] for rows, n in zip(lists, lengths, strict=True)]
+    return rows[0] if len(rows) == 1 else np.concatenate(rows)
