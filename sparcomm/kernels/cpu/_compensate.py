@@ -7,6 +7,7 @@ what others sent has been merged: then either the list holds all that is needed,
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -45,6 +46,13 @@ def capacity(k: int, stored: int, size: int) -> int:
     place = rank(k, stored, size)
     share = min(1.0, (place + 6 * math.sqrt(place) + 8) / size)
     return math.ceil(share * stored) + LEAST
+
+
+@functools.lru_cache(1024)
+def plan(k: int, stored: int, blocks: int) -> tuple[int, int, int]:
+    """How many places of each block to look at, the floor's rank among them, and places for what reaches it."""
+    size = samples(stored, blocks)
+    return size, rank(k, stored, size), capacity(k, stored, size)
 
 
 @jit

@@ -78,29 +78,28 @@ class Lists(Working):
     def fill(self, grad: Any, residual: Any, owner: Any, k: int) -> None:
         """Compensates, unless this is a survey, and makes lists of sizes that suit a selection of k of each block."""
         x, layout, tile, floor = self.x, self.layout, self.layout.tile, self.floor
-        size = _compensate.samples(layout.length, layout.blocks)
+        size, place, most = _compensate.plan(k, layout.length, layout.blocks)
         drawn = np.empty(size, x.dtype)
-        place = _compensate.rank(k, layout.length, size)
         _compensate.floors(grad, residual, self.slot, tile, layout.numel, place, drawn, drawn.view(floor.dtype), floor)
-        most = _compensate.capacity(k, layout.length, size)
         streaming = self.writable and streams(x, owner.size, tile, 2 if residual is None else 3)
 
-        def part(first: int, last: int) -> tuple[bool, Any, Any, Any]:
-            # Twice its share of the places, and if that does not do, because what is large lies here, all of them.
-            share = 2 * most * (last - first) // max(layout.numel, 1) + _compensate.LEAST
-            for room in (share, most) if share < most else (most,):
-                index, value = np.empty((layout.blocks, room), np.int64), np.empty((layout.blocks, room), x.dtype)
-                lists = owner, tile, floor, index, value, (found := np.zeros(layout.blocks, np.int64)), first, last
-                if self.writable:
-                    bad = _compensate.compensate(grad, residual, x, *lists, streaming)
-                else:
-                    bad = _compensate.survey(x, self.bits, *lists)
-                if found.max() < _compensate.OVERFLOW:
-                    break
-            return bad, found.tolist(), index, value
+        def part(first: int, last: int, room: int) -> tuple[bool, list[int], Any, Any]:
+            index, value = np.empty((layout.blocks, room), np.int64), np.empty((layout.blocks, room), x.dtype)
+            found = np.zeros(layout.blocks, np.int64)
+            lists = owner, tile, floor, index, value, found, first, last
+            if self.writable:
+                bad = _compensate.compensate(grad, residual, x, *lists, streaming)
+            else:
+                bad = _compensate.survey(x, self.bits, *lists)
+            lengths = found.tolist()
+            if room < most and max(lengths) >= _compensate.OVERFLOW:
+                return part(first, last, most)  # what is large lies here
+            return bad, lengths, index, value
 
         parts = _parts.cut(layout.numel, tile)
-        bad, found, index, value = zip(*_parts.run([functools.partial(part, *p) for p in parts]), strict=True)
+        room = min(most, 2 * most // len(parts) + _compensate.LEAST)  # for twice what a part has on average
+        done = _parts.run([functools.partial(part, *p, room) for p in parts])
+        bad, found, index, value = zip(*done, strict=True)
         if any(bad):
             self.flags[0] |= wire.NONFINITE
         for b in range(layout.blocks):
