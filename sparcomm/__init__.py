@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from sparcomm.ddp.schedule import DensityWarmup, Refresh, Schedule
     from sparcomm.ddp.tensorboard import Recorder
     from sparcomm.feedback import AdamCorrection, ErrorFeedback, MomentumCorrection
+    from sparcomm.selectors.gaussiank import GaussianK
+    from sparcomm.selectors.topk import TopK
 
 __version__ = "0.1.0"
 
@@ -50,6 +52,7 @@ __all__ = [
     "DensityWarmup",
     "DisagreementError",
     "ErrorFeedback",
+    "GaussianK",
     "GradientError",
     "HookError",
     "HookState",
@@ -62,6 +65,7 @@ __all__ = [
     "Schedule",
     "SparDL",
     "SparcommError",
+    "TopK",
     "TopKAllGather",
     "__version__",
     "algorithm_from_config",
@@ -79,11 +83,13 @@ _HOME = {
     "Check": "sparcomm.ddp.monitor",
     "DensityWarmup": "sparcomm.ddp.schedule",
     "ErrorFeedback": "sparcomm.feedback",
+    "GaussianK": "sparcomm.selectors.gaussiank",
     "HookState": "sparcomm.ddp",
     "MomentumCorrection": "sparcomm.feedback",
     "Recorder": "sparcomm.ddp.tensorboard",
     "Refresh": "sparcomm.ddp.schedule",
     "Schedule": "sparcomm.ddp.schedule",
+    "TopK": "sparcomm.selectors.topk",
     "attach": "sparcomm.ddp",
     "hook": "sparcomm.ddp",
 }

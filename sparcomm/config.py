@@ -9,18 +9,22 @@ import dataclasses
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, get_type_hints
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sparcomm.algorithms import registry
 from sparcomm.algorithms.base import Algorithm
 from sparcomm.errors import ConfigError
+from sparcomm.selectors import Selector, make_selector
+
+# What makes a part of a configuration of text or a mapping, by the type that a field is annotated with.
+_MAKERS: dict[Any, Callable[[Any], Any]] = {Selector: make_selector}
 
 
 class Setting(NamedTuple):
-    """One field of an algorithm.
+    """One field of an algorithm or selector.
 
     Attributes:
         name: the key in a configuration.
@@ -38,8 +42,8 @@ class Setting(NamedTuple):
     doc: str
 
 
-def settings(cls: type[Algorithm]) -> list[Setting]:
-    """The settings of an algorithm, in the order of its dataclass fields."""
+def settings(cls: type[Algorithm] | type[Selector]) -> list[Setting]:
+    """The settings of an algorithm or selector, in the order of its dataclass fields."""
     hints, docs = get_type_hints(cls), _documented(inspect.getdoc(cls) or "")
     return [_setting(f, hints[f.name], docs.get(f.name, "")) for f in dataclasses.fields(cls) if f.init]
 
@@ -49,7 +53,8 @@ def algorithm_from_config(config: Mapping[str, Any]) -> Algorithm:
 
     Args:
         config: ``name`` is required, every other key is a field of that algorithm. Values must have the field's
-            own type (an int serves as a float; nothing else is converted).
+            own type (an int serves as a float, a selector's text or mapping as the selector; nothing else is
+            converted).
 
     Raises:
         ConfigError: not a mapping, unknown name or key, mistyped or forbidden value. The message lists what is valid.
@@ -110,7 +115,12 @@ def _documented(docstring: str) -> dict[str, str]:
 
 
 def _checked(name: str, setting: Setting, hint: Any, value: Any) -> Any:
-    adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    kinds = [kind for kind in (hint, *get_args(hint)) if kind in _MAKERS]
+    if kinds and isinstance(value, (str, Mapping)):
+        return _MAKERS[kinds[0]](value)
+    # A dataclass has a configuration of its own, and takes no other.
+    extra = None if dataclasses.is_dataclass(hint) else ConfigDict(arbitrary_types_allowed=True)
+    adapter: TypeAdapter[Any] = TypeAdapter(hint, config=extra)
     try:
         taken = adapter.validate_python(value, strict=True)
     except ValidationError:

@@ -13,8 +13,11 @@ from sparcomm.algorithms import registry
 from sparcomm.algorithms.dense import Dense
 from sparcomm.algorithms.spardl import SparDL
 from sparcomm.algorithms.topk import TopKAllGather
-from sparcomm.config import algorithm_from_config, settings
+from sparcomm.config import Setting, _checked, algorithm_from_config, settings
 from sparcomm.errors import ConfigError
+from sparcomm.selectors import Selector
+from sparcomm.selectors.gaussiank import GaussianK
+from sparcomm.selectors.topk import TopK
 
 
 @pytest.mark.parametrize(
@@ -107,3 +110,28 @@ def test_settings_list_the_choices() -> None:
     allowed = {s.name: s.allowed for s in settings(SparDL)}
     assert (allowed["schedule"], allowed["density"]) == (("log", "direct"), ())
     assert {s.name: s.allowed for s in settings(Dense)}["native"] == (False, True)
+
+
+SELECTOR = Setting("selector", "Selector", TopK(), required=False, allowed=(), doc="")
+
+
+@pytest.mark.parametrize("hint", [Selector, Selector | None])
+@pytest.mark.parametrize("value", ["gaussiank(adjust=1)", {"name": "gaussiank", "adjust": 1}, GaussianK(adjust=1)])
+def test_a_selector_is_made_of_text_or_a_mapping(hint: Any, value: Any) -> None:
+    assert _checked("some", SELECTOR, hint, value) == GaussianK(adjust=1)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("topkk", ["'topkk'", "did you mean 'topk'?"]),
+        ({"name": "topk", "k": 1}, ["'k'", "'topk'"]),
+        (3, ["selector=3", "'some'", "of type Selector, such as TopK()"]),
+        (None, ["selector=None"]),
+    ],
+)
+def test_what_is_no_selector(value: Any, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _checked("some", SELECTOR, Selector, value)
+    for word in words:
+        assert word in str(caught.value)
