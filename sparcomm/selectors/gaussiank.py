@@ -23,7 +23,8 @@ The guarded rule, our own, estimates on a sample and believes no estimate. Devia
 
 Memory passes over n: one, whether an estimate hits or not. A block is looked at again only where the sample misled,
 which four standard deviations make rare, where a reused floor is off, or where so many elements are equal that there is
-no list.
+no list. Of vectors of up to 2^15 elements, and of contiguous blocks, which differ in scale, the floor is the kernels'
+own: ``pick`` may then count a block once more.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class GaussianK(Selector):
         self, kernels: Kernels, grad: Tensor, residual: Tensor | None, out: Tensor | None, layout: Layout, k: int,
         flags: Tensor, memo: Memo,
     ) -> Choice:  # fmt: skip
-        """One pass, and without the guard more to find the threshold. The host waits for the threshold."""
+        """One pass, and without the guard more to find the threshold, for which the host then waits."""
         if k <= 0 or not layout.numel:
             return Exact(kernels, summed(kernels, grad, residual, out, layout, k, flags))
         k = min(k, layout.length)
