@@ -119,7 +119,7 @@ def _checked(name: str, setting: Setting, hint: Any, value: Any) -> Any:
     if kinds and isinstance(value, (str, Mapping)):
         return _MAKERS[kinds[0]](value)
     # A dataclass has a configuration of its own, and takes no other.
-    extra = None if dataclasses.is_dataclass(hint) else ConfigDict(arbitrary_types_allowed=True)
+    extra = None if bool(dataclasses.is_dataclass(hint)) else ConfigDict(arbitrary_types_allowed=True)
     adapter: TypeAdapter[Any] = TypeAdapter(hint, config=extra)
     try:
         taken = adapter.validate_python(value, strict=True)
