@@ -26,6 +26,7 @@ from sparcomm.errors import (
 if TYPE_CHECKING:
     from sparcomm.algorithms.base import Algorithm
     from sparcomm.algorithms.dense import Dense
+    from sparcomm.algorithms.hierarchical import Hierarchical
     from sparcomm.algorithms.spardl import SparDL
     from sparcomm.algorithms.topk import TopKAllGather
     from sparcomm.config import algorithm_from_config
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from sparcomm.ddp.schedule import DensityWarmup, Refresh, Schedule
     from sparcomm.ddp.tensorboard import Recorder
     from sparcomm.feedback import AdamCorrection, ErrorFeedback, MomentumCorrection
+    from sparcomm.selectors.gaussiank import GaussianK
+    from sparcomm.selectors.topk import TopK
 
 __version__ = "0.1.0"
 
@@ -50,7 +53,9 @@ __all__ = [
     "DensityWarmup",
     "DisagreementError",
     "ErrorFeedback",
+    "GaussianK",
     "GradientError",
+    "Hierarchical",
     "HookError",
     "HookState",
     "MomentumCorrection",
@@ -62,6 +67,7 @@ __all__ = [
     "Schedule",
     "SparDL",
     "SparcommError",
+    "TopK",
     "TopKAllGather",
     "__version__",
     "algorithm_from_config",
@@ -72,6 +78,7 @@ __all__ = [
 _HOME = {
     "Algorithm": "sparcomm.algorithms.base",
     "Dense": "sparcomm.algorithms.dense",
+    "Hierarchical": "sparcomm.algorithms.hierarchical",
     "SparDL": "sparcomm.algorithms.spardl",
     "TopKAllGather": "sparcomm.algorithms.topk",
     "algorithm_from_config": "sparcomm.config",
@@ -79,11 +86,13 @@ _HOME = {
     "Check": "sparcomm.ddp.monitor",
     "DensityWarmup": "sparcomm.ddp.schedule",
     "ErrorFeedback": "sparcomm.feedback",
+    "GaussianK": "sparcomm.selectors.gaussiank",
     "HookState": "sparcomm.ddp",
     "MomentumCorrection": "sparcomm.feedback",
     "Recorder": "sparcomm.ddp.tensorboard",
     "Refresh": "sparcomm.ddp.schedule",
     "Schedule": "sparcomm.ddp.schedule",
+    "TopK": "sparcomm.selectors.topk",
     "attach": "sparcomm.ddp",
     "hook": "sparcomm.ddp",
 }

@@ -1,4 +1,4 @@
-"""The ``sparcomm`` command: which algorithms there are, and how fast the parts run here."""
+"""The ``sparcomm`` command: which algorithms and selectors there are, and how fast the parts run here."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from rich.table import Table
 
 import sparcomm
 from sparcomm import bench as bench_package
+from sparcomm import selectors
 from sparcomm.algorithms import registry
 from sparcomm.algorithms.base import Algorithm
 from sparcomm.config import settings, suggestion
 from sparcomm.errors import ConfigError, SparcommError
+from sparcomm.selectors import Selector
 
 EXIT_USAGE: Final = 2
 MAIN_BENCH: Final = "sync"  # what `sparcomm bench` runs without a name
@@ -63,30 +65,38 @@ def _root(
 
 @app.command("list")
 def list_(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
-    """Name the algorithms with their fields, types, defaults and allowed values."""
-    found = [describe(name, cls) for name, cls in sorted(registry().items())]
+    """Name the algorithms and selectors with their fields, types, defaults and allowed values."""
+    found = {
+        "algorithms": [describe(name, cls) for name, cls in registry().items()],
+        "selectors": [describe(name, cls) for name, cls in selectors.registry().items()],
+    }
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(found, indent=2, default=str))
         return
-    table = Table(title="algorithms", title_justify="left")
+    console = Console()
+    for title, entries in found.items():
+        console.print(_table(title, entries))
+        for entry in entries:
+            console.print(f"[bold]{entry['name']}[/bold]: {escape(entry['doc'])}", highlight=False)
+
+
+def describe(name: str, cls: type[Algorithm] | type[Selector]) -> dict[str, Any]:
+    """What ``sparcomm list --json`` says of one algorithm or selector."""
+    rows = [{**s._asdict(), "default": _plain(s.default), "allowed": list(s.allowed)} for s in settings(cls)]
+    return {"name": name, "class": cls.__name__, "doc": (cls.__doc__ or "").strip().split("\n")[0], "fields": rows}
+
+
+def _table(title: str, entries: list[dict[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left")
     for heading in ("name", "field", "type", "default", "meaning"):
         table.add_column(heading, no_wrap=heading != "meaning")
-    for entry in found:
+    for entry in entries:
         rows: list[dict[str, Any]] = entry["fields"]
         for number, row in enumerate(rows or [{}]):
             name = str(entry["name"]) if number == 0 else ""
             cells = (str(row["name"]), str(row["type"]), _default(row), _meaning(row)) if row else ()
             table.add_row(name, *map(escape, cells), end_section=number >= len(rows) - 1)
-    console = Console()
-    console.print(table)
-    for entry in found:
-        console.print(f"[bold]{entry['name']}[/bold]: {entry['doc']}", highlight=False)
-
-
-def describe(name: str, cls: type[Algorithm]) -> dict[str, Any]:
-    """What ``sparcomm list --json`` says of one algorithm."""
-    rows = [{**s._asdict(), "allowed": list(s.allowed)} for s in settings(cls)]
-    return {"name": name, "class": cls.__name__, "doc": (cls.__doc__ or "").strip().split("\n")[0], "fields": rows}
+    return table
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -105,8 +115,18 @@ def bench(context: typer.Context) -> None:
     import_module(f"{bench_package.__name__}.{name}").main(arguments)
 
 
+def _plain(default: Any) -> Any:
+    """A default as a configuration would give it."""
+    if not isinstance(default, Algorithm):
+        return default
+    return {"name": default.name, **{key: _plain(value) for key, value in default.fields().items()}}
+
+
 def _default(row: dict[str, Any]) -> str:
-    return "(required)" if row["required"] else repr(row["default"])
+    default: Any = row["default"]
+    if isinstance(default, dict):
+        return str(default["name"])
+    return "(required)" if row["required"] else repr(default)
 
 
 def _meaning(row: dict[str, Any]) -> str:

@@ -5,22 +5,28 @@ The registry finds the classes; this file reads their fields, so a new algorithm
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, get_type_hints
+from collections.abc import Callable, Iterable, Mapping
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sparcomm.algorithms import registry
 from sparcomm.algorithms.base import Algorithm
 from sparcomm.errors import ConfigError
+from sparcomm.selectors import Selector, make_selector
+
+# What makes a part of a configuration of text or a mapping, by the type that a field is annotated with.
+_MAKERS: dict[Any, Callable[[Any], Any]] = {Selector: make_selector}
 
 
 class Setting(NamedTuple):
-    """One field of an algorithm.
+    """One field of an algorithm or selector.
 
     Attributes:
         name: the key in a configuration.
@@ -38,8 +44,8 @@ class Setting(NamedTuple):
     doc: str
 
 
-def settings(cls: type[Algorithm]) -> list[Setting]:
-    """The settings of an algorithm, in the order of its dataclass fields."""
+def settings(cls: type[Algorithm] | type[Selector]) -> list[Setting]:
+    """The settings of an algorithm or selector, in the order of its dataclass fields."""
     hints, docs = get_type_hints(cls), _documented(inspect.getdoc(cls) or "")
     return [_setting(f, hints[f.name], docs.get(f.name, "")) for f in dataclasses.fields(cls) if f.init]
 
@@ -49,7 +55,8 @@ def algorithm_from_config(config: Mapping[str, Any]) -> Algorithm:
 
     Args:
         config: ``name`` is required, every other key is a field of that algorithm. Values must have the field's
-            own type (an int serves as a float; nothing else is converted).
+            own type (an int serves as a float, a list as a tuple; nothing else is converted). A field that is an
+            algorithm or a selector takes one, a mapping like this, or text such as ``spardl(density=0.01)``.
 
     Raises:
         ConfigError: not a mapping, unknown name or key, mistyped or forbidden value. The message lists what is valid.
@@ -73,6 +80,28 @@ def algorithm_from_config(config: Mapping[str, Any]) -> Algorithm:
         raise ConfigError(f"algorithm {name!r} needs {_listed(missing)}")
     hints = get_type_hints(cls)
     return cls(**{key: _checked(name, fields[key], hints[key], value) for key, value in given.items()})
+
+
+def algorithm_from_text(text: str) -> Algorithm:
+    """The algorithm that text such as ``spardl`` or ``spardl(density=0.01, schedule='direct')`` describes.
+
+    Values are Python literals, or algorithms written in the same way.
+
+    Raises:
+        ConfigError: anything else, or what ``algorithm_from_config`` refuses.
+    """
+    try:
+        found = ast.parse(text.strip(), mode="eval").body
+        if isinstance(found, ast.Name):
+            return algorithm_from_config({"name": found.id})
+        if isinstance(found, ast.Call) and isinstance(found.func, ast.Name) and not found.args:
+            given = {str(k.arg): _literal(k.value) for k in found.keywords if k.arg is not None}
+            if len(given) == len(found.keywords) and "name" not in given:
+                return algorithm_from_config({"name": found.func.id, **given})
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+    raise ConfigError(f"{text!r} is no algorithm: write NAME or NAME(field=value, ...), as in 'spardl(density=0.01)'")
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -99,7 +128,13 @@ def _setting(field: dataclasses.Field[Any], hint: Any, doc: str) -> Setting:
     if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
     allowed = tuple(field.metadata.get("choices", (False, True) if hint is bool else ()))
-    return Setting(field.name, getattr(hint, "__name__", str(hint)), default, required, allowed, doc)
+    return Setting(field.name, _named(hint), default, required, allowed, doc)
+
+
+def _named(hint: Any) -> str:
+    """A type as one would write it: without modules."""
+    parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return " | ".join("None" if p is NoneType else getattr(p, "__name__", str(p)) for p in parts)
 
 
 def _documented(docstring: str) -> dict[str, str]:
@@ -109,10 +144,44 @@ def _documented(docstring: str) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in zip(entries[::2], entries[1::2], strict=True)}
 
 
-def _checked(name: str, setting: Setting, hint: Any, value: Any) -> Any:
-    adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+def _literal(node: ast.expr) -> Any:
+    """A value in the text of an algorithm; another algorithm stays text."""
+    return ast.unparse(node) if isinstance(node, ast.Call) else ast.literal_eval(node)
+
+
+def _nested(name: str, setting: Setting, value: Any) -> Algorithm:
+    """An algorithm that is a field of algorithm ``name``."""
+    if isinstance(value, Algorithm):
+        return value
+    if not isinstance(value, (str, Mapping)):
+        raise ConfigError(
+            f"{setting.name}={value!r} for algorithm {name!r}: must be an algorithm, as a mapping with a 'name' or as "
+            "text such as 'spardl(density=0.01)'"
+        )
+    made: Any = value
     try:
-        taken = adapter.validate_python(value, strict=True)
+        return algorithm_from_text(made) if isinstance(made, str) else algorithm_from_config(made)
+    except ConfigError as error:
+        raise ConfigError(f"{name}.{setting.name}: {error}") from error
+
+
+def _tuples(value: Any) -> Any:
+    """Lists, which is what YAML has, as the tuples that a frozen configuration holds."""
+    items: Any = value
+    return tuple(map(_tuples, items)) if isinstance(items, list) else value
+
+
+def _checked(name: str, setting: Setting, hint: Any, value: Any) -> Any:
+    if isinstance(hint, type) and issubclass(hint, Algorithm):
+        return _nested(name, setting, value)
+    kinds = [kind for kind in (hint, *get_args(hint)) if kind in _MAKERS]
+    if kinds and isinstance(value, (str, Mapping)):
+        return _MAKERS[kinds[0]](value)
+    # A dataclass has a configuration of its own, and takes no other.
+    own = bool(dataclasses.is_dataclass(hint))
+    adapter: TypeAdapter[Any] = TypeAdapter(hint, config=None if own else ConfigDict(arbitrary_types_allowed=True))
+    try:
+        taken = adapter.validate_python(_tuples(value), strict=True)
     except ValidationError:
         pass
     else:

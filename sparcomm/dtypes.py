@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparcomm.errors import ConfigError, GradientError
+from sparcomm.errors import GradientError
 
 GRADIENT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -14,13 +14,6 @@ WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums and residuals of a gradient of ``dtype`` are kept: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def wire_dtype(name: str) -> torch.dtype:
-    """The dtype named ``"float32"``, ``"bfloat16"`` or ``"float16"``. Raises ConfigError for another name."""
-    if name not in WIRE_DTYPES:
-        raise ConfigError(f"values={name!r}: must be one of {', '.join(map(repr, WIRE_DTYPES))}")
-    return WIRE_DTYPES[name]
 
 
 def check_gradient(grad: Tensor) -> None:

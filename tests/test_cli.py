@@ -9,8 +9,9 @@ import sys
 import pytest
 
 import sparcomm
-from sparcomm import cli
-from sparcomm.algorithms import registry
+from sparcomm import cli, selectors
+from sparcomm.algorithms import Algorithm, registry
+from sparcomm.config import algorithm_from_config, settings
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -28,28 +29,37 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == f"sparcomm {sparcomm.__version__}\n"
 
 
-def test_list_names_every_algorithm_with_its_fields(
+def test_list_names_every_algorithm_and_selector_with_its_fields(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     assert call(monkeypatch, "list") == 0
-    shown = capsys.readouterr().out
-    for name, cls in registry().items():
-        assert name in shown
-        for field, default in cls().fields().items():
-            assert field in shown
-            assert repr(default) in shown
+    listed = capsys.readouterr().out.partition("selectors")
+    assert listed[0].startswith("algorithms")
+    for shown, known in ((listed[0], registry()), (listed[2], selectors.registry())):
+        for name, cls in known.items():
+            assert name in shown
+            for field in settings(cls):
+                assert field.name in shown
+                default = field.default
+                assert (default.name if isinstance(default, Algorithm) else repr(default)) in shown
 
 
 def test_list_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "list", "--json") == 0
-    found = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    listed = json.loads(capsys.readouterr().out)
+    found, chosen = ({entry["name"]: entry for entry in listed[kind]} for kind in ("algorithms", "selectors"))
     assert set(found) == set(registry())
     fields = {field["name"]: field for field in found["spardl"]["fields"]}
     assert fields["density"]["default"] == 0.01
+    nested = {field["name"]: field["default"] for field in found["hierarchical"]["fields"]}
+    assert algorithm_from_config(nested["outer"]) == registry()["spardl"]()
     assert fields["density"]["type"] == "float"
     assert found["dense"]["fields"][0]["allowed"] == [False, True]
-    assert all(entry["doc"] for entry in found.values())
+    assert list(chosen) == list(selectors.registry())
+    assert {field["name"]: field["default"] for field in chosen["gaussiank"]["fields"]}["reestimate_every"] == 1
+    assert all(entry["doc"] for entry in (*found.values(), *chosen.values()))
+    assert all(field["doc"] for entry in chosen.values() for field in entry["fields"])
 
 
 def test_an_unknown_benchmark_is_one_line_that_lists_them(

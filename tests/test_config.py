@@ -11,10 +11,14 @@ from hypothesis import strategies as st
 
 from sparcomm.algorithms import registry
 from sparcomm.algorithms.dense import Dense
+from sparcomm.algorithms.hierarchical import Hierarchical
 from sparcomm.algorithms.spardl import SparDL
 from sparcomm.algorithms.topk import TopKAllGather
-from sparcomm.config import algorithm_from_config, settings
+from sparcomm.config import Setting, _checked, algorithm_from_config, algorithm_from_text, settings
 from sparcomm.errors import ConfigError
+from sparcomm.selectors import Selector
+from sparcomm.selectors.gaussiank import GaussianK
+from sparcomm.selectors.topk import TopK
 
 
 @pytest.mark.parametrize(
@@ -30,6 +34,20 @@ from sparcomm.errors import ConfigError
             SparDL(density=0.1, schedule="direct", layout="contiguous", values="bfloat16"),
         ),
         ({"name": "spardl", "residuals": "local"}, SparDL(residuals="local")),
+        ({"name": "hierarchical"}, Hierarchical(Dense(), SparDL())),
+        (
+            {"name": "hierarchical", "inner": {"name": "dense"}, "outer": {"name": "topk", "density": 0.5}},
+            Hierarchical(outer=TopKAllGather(density=0.5)),
+        ),
+        (
+            {"name": "hierarchical", "outer": "spardl(density=0.02, schedule='direct')", "local_size": 2},
+            Hierarchical(outer=SparDL(density=0.02, schedule="direct"), local_size=2),
+        ),
+        ({"name": "hierarchical", "groups": [[0, 2], [1, 3]]}, Hierarchical(groups=((0, 2), (1, 3)))),
+        (
+            {"name": "hierarchical", "outer": "hierarchical(inner=topk(density=0.5), outer=dense(), local_size=2)"},
+            Hierarchical(outer=Hierarchical(TopKAllGather(density=0.5), Dense(), 2)),
+        ),
     ],
 )
 def test_valid(config: dict[str, Any], wanted: Any) -> None:
@@ -67,6 +85,20 @@ def test_every_case_survives_the_round_trip(name: str, size: int) -> None:
         ({"name": "spardl", "values": "float8"}, ["'float8'", "'bfloat16'"]),
         ({"name": "dense", "native": 1}, ["native=1", "True"]),
         ({"name": "dense", "native": "yes"}, ["native='yes'", "True"]),
+        ({"name": "hierarchical", "inner": 3}, ["inner=3", "mapping", "spardl(density=0.01)"]),
+        ({"name": "hierarchical", "outer": {}}, ["hierarchical.outer: ", "'name' is missing"]),
+        ({"name": "hierarchical", "outer": {"name": "spardl", "densty": 1}}, ["hierarchical.outer: ", "'density'?"]),
+        (
+            {"name": "hierarchical", "outer": "hierarchical(inner=topk(density=2.0))"},
+            ["hierarchical.outer: hierarchical.inner: density=2.0"],
+        ),
+        ({"name": "hierarchical", "local_size": 2.0}, ["local_size=2.0", "int"]),
+        ({"name": "hierarchical", "local_size": 0}, ["local_size=0"]),
+        ({"name": "hierarchical", "groups": [[0, 1], [2]]}, ["3 ranks make nodes of 2, 1"]),
+        ({"name": "hierarchical", "groups": [[0, 1], [1, 2]]}, ["names a rank twice"]),
+        ({"name": "hierarchical", "groups": [[0, -1]]}, ["groups=((0, -1),)"]),
+        ({"name": "hierarchical", "groups": []}, ["groups=()"]),
+        ({"name": "hierarchical", "groups": [[0, 1]], "local_size": 2}, ["give one of them"]),
     ],
 )
 def test_invalid(config: Any, words: list[str]) -> None:
@@ -107,3 +139,38 @@ def test_settings_list_the_choices() -> None:
     allowed = {s.name: s.allowed for s in settings(SparDL)}
     assert (allowed["schedule"], allowed["density"]) == (("log", "direct"), ())
     assert {s.name: s.allowed for s in settings(Dense)}["native"] == (False, True)
+
+
+@pytest.mark.parametrize("text", [
+    "", "(", "3", "'spardl'", "spardl(0.1)", "spardl(**{'density': 0.1})", "spardl(density=x)", "spardl.density", "a b",
+    "spardl(name='dense')", "spardl(density=[0.1][0])", "spardl(density=0.1, density=0.2)", "os.system(x=1)", "\0",
+    "spardl(density=__import__('os'))", "x" * 300, "(" * 300 + ")" * 300,
+])  # fmt: skip
+def test_text_that_is_no_algorithm(text: str) -> None:
+    with pytest.raises(ConfigError):
+        algorithm_from_text(text)
+
+
+SELECTOR = Setting("selector", "Selector", TopK(), required=False, allowed=(), doc="")
+
+
+@pytest.mark.parametrize("hint", [Selector, Selector | None])
+@pytest.mark.parametrize("value", ["gaussiank(adjust=1)", {"name": "gaussiank", "adjust": 1}, GaussianK(adjust=1)])
+def test_a_selector_is_made_of_text_or_a_mapping(hint: Any, value: Any) -> None:
+    assert _checked("some", SELECTOR, hint, value) == GaussianK(adjust=1)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("topkk", ["'topkk'", "did you mean 'topk'?"]),
+        ({"name": "topk", "k": 1}, ["'k'", "'topk'"]),
+        (3, ["selector=3", "'some'", "of type Selector, such as TopK()"]),
+        (None, ["selector=None"]),
+    ],
+)
+def test_what_is_no_selector(value: Any, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _checked("some", SELECTOR, Selector, value)
+    for word in words:
+        assert word in str(caught.value)

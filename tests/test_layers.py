@@ -13,7 +13,7 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 
 LAYERS = (
     {"errors"},  # whatever fails needs them, so they come before everything
-    {"dtypes", "wire", "layout", "sparse", "clock", "density", "workspace", "seeds"},
+    {"dtypes", "wire", "layout", "sparse", "clock", "density", "workspace", "seeds", "threads"},
     {"kernels", "transport"},
     {"memory", "feedback", "codecs", "collectives", "selectors"},
     {"algorithms"},
@@ -108,8 +108,11 @@ def _layers(root: Path, where: Path, tree: ast.AST) -> Iterator[str]:
 
 
 def _algorithms(where: Path, name: str, rest: list[str]) -> Iterator[str]:
-    """Algorithm files know their base and nothing of each other."""
-    if rest[0] == "algorithms" and where.name != "__init__.py" and rest[1:2] != ["base"]:
+    """Algorithm files, or packages, know their base and nothing of each other."""
+    if where.parts == ("algorithms", "__init__.py"):
+        return
+    own = [part.removesuffix(".py") for part in where.parts[1:2]]
+    if rest[0] == "algorithms" and rest[1:2] not in (["base"], own):
         yield f"imports {name}, but algorithms import no other algorithm, only algorithms.base"
 
 
@@ -138,6 +141,8 @@ GOOD = {
     "algorithms/__init__.py": "from sparcomm.algorithms.base import Algorithm",
     "algorithms/base.py": "from sparcomm.kernels import reference",
     "algorithms/dense.py": "from sparcomm.algorithms.base import Algorithm",
+    "algorithms/some/__init__.py": "from sparcomm.algorithms.some.part import x",
+    "algorithms/some/part.py": "from sparcomm.algorithms.base import Algorithm",
     "ddp/__init__.py": "from sparcomm.ddp.hook import hook\nfrom torch import distributed",
     "ddp/hook.py": "from sparcomm.algorithms import dense\nfrom sparcomm import __version__",
     "cli.py": "import sparcomm\nfrom sparcomm import bench",
@@ -169,6 +174,8 @@ def test_a_good_tree_has_no_violations(tmp_path: Path) -> None:
         ("ddp/hook.py", "import sparcomm", "up"),
         ("algorithms/dense.py", "from sparcomm.algorithms.spardl import SparDL", "no other algorithm"),
         ("algorithms/dense.py", "from sparcomm.algorithms import spardl", "no other algorithm"),
+        ("algorithms/some/part.py", "from sparcomm.algorithms.spardl import SparDL", "no other algorithm"),
+        ("algorithms/some/__init__.py", "from sparcomm.algorithms import spardl", "no other algorithm"),
         ("surprise.py", "", "no layer"),
         ("algorithms/dense.py", "import numba", "only kernels/cpu"),
         ("kernels/cpurious.py", "from numba import njit", "only kernels/cpu"),

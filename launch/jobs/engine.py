@@ -16,6 +16,7 @@ from jobs.group import Group, fingerprint, seed_everything
 from jobs.progress import Display
 from jobs.settings import SGD, CharLM, Digits, HeldAdamW, RMSprop, Schedule, Settings
 from jobs.traffic import Gradients, trainable
+from sparcomm.errors import ConfigError
 from sparcomm.optim import AdamW
 
 Record = dict[str, float]
@@ -28,6 +29,9 @@ class Engine:
         seed_everything(settings.seed)
         self.settings, self.group = settings, group
         self.split = load_data(settings.task)
+        self.sampler = data.Sampler(len(self.split.train), settings.batch, group.rank, group.size, settings.seed)
+        self.total = settings.steps or (settings.epochs or 0) * len(self.sampler)
+        check_recorded(settings, self.total)
         self.model = build_model(settings.task).to(group.device)
         self.ddp = DistributedDataParallel(
             self.model,
@@ -36,8 +40,6 @@ class Engine:
         )
         self.optimizer = build_optimizer(settings, self.ddp)
         self.gradients = Gradients(self.ddp, settings, group.size, self.optimizer)
-        self.sampler = data.Sampler(len(self.split.train), settings.batch, group.rank, group.size, settings.seed)
-        self.total = settings.steps or (settings.epochs or 0) * len(self.sampler)
         self.step = 0
         self.seconds = 0.0
         self.history: list[Record] = []
@@ -186,6 +188,13 @@ class Engine:
                 torch.cuda.set_rng_state(own[0]["random_cuda"])
         else:
             seed_everything(self.settings.seed, self.group.rank, self.step)
+
+
+def check_recorded(settings: Settings, total: int) -> None:
+    """Raises ConfigError if gradients are to be recorded in a step that a run of ``total`` steps does not have."""
+    last = 0 if settings.record_gradients is None else max(settings.record_gradients.steps)
+    if last > total:
+        raise ConfigError(f"record_gradients.steps: there is no step {last}, the last one is {total}")
 
 
 def learning_rate(step: int, total: int, schedule: Schedule) -> float:

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from jobs.hook import Hook
+from jobs.record import recording
 from jobs.strict import Count, Fraction, Positive, Strict
 from sparcomm.algorithms.base import Algorithm
 from sparcomm.config import algorithm_from_config
@@ -102,6 +103,13 @@ class Checkpoints(Strict):
     resume: bool = True
 
 
+class Recorded(Strict):
+    """``steps`` (the first is 1) whose gradients + residuals rank 0 writes to ``folder`` in the run's own folder."""
+
+    steps: Annotated[list[Positive], Field(min_length=1)]
+    folder: Annotated[str, Field(min_length=1)] = "gradients"
+
+
 class Settings(Strict):
     """One run. ``batch`` counts samples over all ranks; either ``epochs`` or ``steps`` says how long it is."""
 
@@ -120,6 +128,7 @@ class Settings(Strict):
     bucket_mb: Annotated[float, Field(gt=0, le=1e6)] = 25.0
     timeout: Annotated[float, Field(gt=0, le=1e6)] = 120.0
     tensorboard: bool = False
+    record_gradients: Recorded | None = None
     output: str = ""
 
     @field_validator("algorithm")
@@ -139,6 +148,8 @@ class Settings(Strict):
     def _together(self) -> Settings:
         if self.algorithm is None and self.hook != Hook():
             raise ValueError("hook: has no effect with algorithm: null")
+        if self.algorithm is None and self.record_gradients is not None:
+            raise ValueError("record_gradients: has no effect with algorithm: null")
         momentum = self.optimizer.momentum if isinstance(self.optimizer, SGD) else 0.0
         self.hook.check_optimizer(self.optimizer.name, momentum, self.clip_norm is not None)
         return self
@@ -154,7 +165,12 @@ class Settings(Strict):
 
     def build_algorithm(self) -> Algorithm | None:
         """The algorithm that carries the gradients; None leaves DDP to its own all-reduce."""
-        return None if self.algorithm is None else algorithm_from_config(self.algorithm)
+        if self.algorithm is None:
+            return None
+        algorithm, recorded = algorithm_from_config(self.algorithm), self.record_gradients
+        if recorded is None:
+            return algorithm
+        return recording(algorithm, Path(self.output) / recorded.folder, frozenset(recorded.steps))
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Settings:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -85,8 +89,19 @@ def per_element(**kwargs: Any) -> Any:
 
 
 def shared(**kwargs: Any) -> Any:
-    """A State field that is small and identical on all ranks: saved, and carried over a change of buckets."""
+    """A State field that is small and identical on all ranks of the group that the algorithm reduces over.
+
+    Saved, and carried over a change of buckets. Loaded at another number of ranks, rank 0's serves all.
+    """
     return field(metadata={"kind": "shared"}, **kwargs)
+
+
+def private(**kwargs: Any) -> Any:
+    """A State field of plain values that is this rank's own, such as an estimate to start from.
+
+    Saved, and carried over a change of buckets. Loaded at another number of ranks, rank 0's serves all.
+    """
+    return field(metadata={"kind": "private"}, **kwargs)
 
 
 def derived(**kwargs: Any) -> Any:
@@ -94,9 +109,14 @@ def derived(**kwargs: Any) -> Any:
     return field(metadata={"kind": "derived"}, **kwargs)
 
 
+def nested(**kwargs: Any) -> Any:
+    """A State field that is itself a State, of an algorithm within this one; its own fields count, by dotted name."""
+    return field(metadata={"kind": "nested"}, **kwargs)
+
+
 @dataclass
 class State:
-    """What an algorithm remembers between steps of one unit. Every field is per_element, shared or derived.
+    """What an algorithm remembers between steps of one unit. Each field is of one of the kinds above.
 
     Attributes:
         unit: number of the compression unit, in every bag's header.
@@ -114,6 +134,34 @@ class State:
     wants_sent: bool = derived(default=True)
     wants_total: bool = derived(default=True)
     damage: Tensor | None = derived(default=None)
+
+    def lend(self, other: State, *, wants_sent: bool, wants_total: bool) -> None:
+        """Gives the state of an algorithm within this one what belongs to no step: number, clock, buffers, damage."""
+        other.unit, other.clock, other.workspace, other.damage = self.unit, self.clock, self.workspace, self.damage
+        other.wants_sent, other.wants_total = wants_sent, wants_total
+
+
+def field_kinds(state: State) -> list[tuple[str, str]]:
+    """(name, "per_element" | "shared" | "private" | "derived") of a State's fields; nested ones by dotted names."""
+    found: list[tuple[str, str]] = []
+    for f in dataclasses.fields(state):
+        kind = f.metadata.get("kind", "derived")
+        if kind == "nested":
+            found += [(f"{f.name}.{name}", of) for name, of in field_kinds(getattr(state, f.name))]
+        else:
+            found.append((f.name, kind))
+    return found
+
+
+def get_field(state: State, name: str) -> Any:
+    """The value of a field by its name in ``field_kinds``."""
+    return attrgetter(name)(state)
+
+
+def set_field(state: State, name: str, value: Any) -> None:
+    """Sets a field by its name in ``field_kinds``."""
+    owner, _, own = name.rpartition(".")
+    setattr(attrgetter(owner)(state) if owner else state, own, value)
 
 
 @dataclass(frozen=True)
@@ -140,6 +188,24 @@ class Algorithm(ABC):
     def checked(self) -> bool:
         """Whether every byte received is covered by a bag's checksum."""
         return True
+
+    @property
+    def sparse(self) -> bool:
+        """Whether it may send a part of the entries and owe the others."""
+        return False
+
+    @property
+    def ordered(self) -> bool:
+        """Whether it is nothing but the sum in rank order, so that its reduce-scatter gives every rank its part."""
+        return False
+
+    def check_size(self, size: int) -> None:  # noqa: B027  most run over any number of ranks
+        """Raises ConfigError where this cannot run over ``size`` ranks, on all of them alike."""
+
+    def with_density(self, density: float) -> Algorithm:
+        """The same at another density, for schedules; of algorithms that have one."""
+        changed: dict[str, Any] = {"density": density}
+        return dataclasses.replace(self, **changed)
 
     @classmethod
     @abstractmethod
@@ -191,13 +257,29 @@ class Algorithm(ABC):
         """The configuration, by field name."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
+    def surroundings(self) -> dict[str, str]:
+        """What else decides how it works and must be the same on all ranks, such as environment variables."""
+        return {}
+
+
+def registry() -> dict[str, type[Algorithm]]:
+    """Every algorithm by its name, sorted."""
+    package, found = importlib.import_module(__name__.rpartition(".")[0]), dict[str, type[Algorithm]]()
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        for cls in vars(module).values():
+            if inspect.isclass(cls) and issubclass(cls, Algorithm) and not inspect.isabstract(cls):
+                found[cls.name] = cls
+    return dict(sorted(found.items()))
+
 
 class Summed(NamedTuple):
-    """What a sparse reduce comes to: the sum, (n,) or in disjoint parts; the new residual; ``Reduced.sent``."""
+    """What a sparse reduce comes to: the sum, (n,) or in disjoint parts; residual; ``Reduced.sent``; new state."""
 
     total: Tensor | Sequence[Part]
     residual: Tensor | None
     sent: Tensor | None
+    state: State
 
 
 @dataclass(frozen=True)
@@ -207,9 +289,14 @@ class SparseAlgorithm(Algorithm):
     Which of the two is decided by n, dtype and size alone, so that all ranks decide alike.
     """
 
+    @property
+    def sparse(self) -> bool:
+        """Always: even where all is sent densely, what a cast rounds off is owed."""
+        return True
+
     @abstractmethod
-    def _sparse_cost(self, n: int, size: int) -> Cost:
-        """Exact cost of the sparse way, for n >= 1."""
+    def _sparse_cost(self, n: int, size: int, state: State | None = None) -> Cost:
+        """Cost of the sparse way, for n >= 1, before a step that starts from ``state`` (None: a fresh one)."""
 
     @abstractmethod
     def _sparse_kept(self, n: int, size: int) -> int:
@@ -219,22 +306,26 @@ class SparseAlgorithm(Algorithm):
     def _sparse_reduce(
         self, grad: Tensor, residual: Tensor | None, state: State, bags: Bags, transport: Transport
     ) -> Summed:
-        """The sum, the new residual and ``sent``."""
+        """The sum, the new residual, ``sent``, and the new state."""
+
+    def _usual_bytes(self, n: int, size: int) -> int:
+        """Bytes that the sparse way sends as a rule, where its cost is only a bound."""
+        return self._sparse_cost(n, size).bytes_sent
 
     def _is_dense(self, n: int, dtype: torch.dtype, size: int) -> bool:
-        return dense_traffic(n, working_dtype(dtype).itemsize, size)[2] < self._sparse_cost(n, size).bytes_sent
+        return dense_traffic(n, working_dtype(dtype).itemsize, size)[2] < self._usual_bytes(n, size)
 
     def delivers_all(self, n: int, dtype: torch.dtype, size: int) -> bool:
         """Where the dense all-reduce takes over."""
         return n == 0 or self._is_dense(n, dtype, size)
 
     def cost(self, n: int, dtype: torch.dtype, size: int, state: State | None = None) -> Cost:
-        """Exact, and the same for every rank."""
+        """The same for every rank, and exact if ``static``."""
         if n == 0:
             return Cost(0, 0, 0)
         if self._is_dense(n, dtype, size):
             return Cost(*dense_traffic(n, working_dtype(dtype).itemsize, size))
-        return self._sparse_cost(n, size)
+        return self._sparse_cost(n, size, state)
 
     def kept(self, n: int, size: int) -> int:
         """What the sparse way keeps, or all n where the dense all-reduce takes over."""
@@ -248,15 +339,15 @@ class SparseAlgorithm(Algorithm):
         if self._is_dense(n, grad.dtype, transport.size):
             total = space.take(n, dtype, grad.device)
             ordered_all_reduce(compensated(grad, residual), total, bags, transport, state.clock, space)
-            summed = Summed(total, nothing_owed(grad, space), None)
+            summed = Summed(total, nothing_owed(grad, space), None, state)
         else:
             summed = self._sparse_reduce(grad, residual, state, bags, transport)
-        state.damage = bags.damage()
-        total, owed, sent = summed
+        total, owed, sent, after = summed
+        state.damage = after.damage = bags.damage()  # in both: whichever is gone on with
         if isinstance(total, Tensor):
-            return Reduced(total, owed, sent, state, bags.ok())
+            return Reduced(total, owed, sent, after, bags.ok())
         if not state.wants_total:
-            return Reduced(None, owed, sent, state, bags.ok(), total)
+            return Reduced(None, owed, sent, after, bags.ok(), total)
         with state.clock.span("code"):
             written = write_out(total, space.take(n, dtype, grad.device))
-        return Reduced(written, owed, sent, state, bags.ok())
+        return Reduced(written, owed, sent, after, bags.ok())

@@ -45,6 +45,11 @@ class Dense(Algorithm):
         return not self.native
 
     @property
+    def ordered(self) -> bool:
+        """Unless ``native``."""
+        return not self.native
+
+    @property
     def checked(self) -> bool:
         """Whether bytes travel in bags: not with ``native``."""
         return not self.native

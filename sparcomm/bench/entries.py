@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import inspect
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from typing import Any
 
 from sparcomm.algorithms import Algorithm, registry
 from sparcomm.algorithms.dense import Dense
+from sparcomm.codecs.packet import check_values
 from sparcomm.config import algorithm_from_config, settings, suggestion
-from sparcomm.dtypes import wire_dtype
 from sparcomm.errors import ConfigError
 
 TORCH = ("dense", "fp16", "bf16", "powersgd")
@@ -62,10 +63,22 @@ def parse(typed: str, density: float, values: str | None, schedule: str | None) 
     return Entry(typed, algorithm_from_config({"name": name, **_fitting(registry()[name], shared), **options}))
 
 
+def split(typed: str) -> list[str]:
+    """The entries of a list that commas separate, other than those within parentheses."""
+    found, depth = [""], 0
+    for letter in typed:
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and depth <= 0:
+            found.append("")
+        else:
+            found[-1] += letter
+    return [entry.strip() for entry in found]
+
+
 def check_shared(values: str | None, schedule: str | None) -> None:
     """Raises ConfigError for a value that no algorithm takes, whichever algorithms are measured."""
     if values is not None:
-        wire_dtype(values)
+        check_values(values)
     allowed = {a for cls in registry().values() for s in settings(cls) if s.name == "schedule" for a in s.allowed}
     if schedule is not None and schedule not in allowed:
         listed = ", ".join(map(repr, sorted(allowed)))
@@ -94,9 +107,14 @@ def _value(text: str) -> Any:
 
 
 def _fitting(cls: type[Algorithm], shared: dict[str, Any]) -> dict[str, Any]:
-    """Those of the shared options that the class has a field for."""
-    names = {s.name for s in settings(cls)}
-    return {key: value for key, value in shared.items() if key in names and value is not None}
+    """Those of the shared options that the class has a field for, or the algorithms that are its fields."""
+    found: dict[str, Any] = {}
+    for s in settings(cls):
+        if s.name in shared and shared[s.name] is not None:
+            found[s.name] = shared[s.name]
+        elif isinstance(s.default, Algorithm) and (inside := _fitting(type(s.default), shared)):
+            found[s.name] = dataclasses.replace(s.default, **inside)
+    return found
 
 
 def _hook(typed: str, rest: list[str]) -> Entry:

@@ -21,6 +21,7 @@ started by any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT,
   torchrun --nproc-per-node 4 -m sparcomm bench --numel 4194304 --density 0.01
   sparcomm bench --ranks 4 --numel 4194304 --algorithms dense,spardl:values=bfloat16,torch:fp16
   sparcomm bench --ranks 2 --model charlm --algorithms dense,torch:bf16,spardl:schedule=direct
+  sparcomm bench --ranks 4 --algorithms "spardl,hierarchical:local_size=2:outer=spardl(density=0.01, schedule='direct')"
 
 an algorithm is NAME[:FIELD=VALUE]...; NAME is one of 'sparcomm list', 'dense' (the backend's own all-reduce),
 'ordered' (ours, in rank order), 'torch:dense', 'torch:fp16', 'torch:bf16', 'torch:powersgd[:rank=R]', or
@@ -127,7 +128,7 @@ def parse(argv: Sequence[str]) -> Options:
     """Options from the command line. Raises ConfigError, naming what is wrong."""
     given = parser().parse_args(argv)
     typed = given.algorithms if given.algorithms is not None else (TRAINED if given.model else ALGORITHMS)
-    given.algorithms = tuple(name.strip() for name in typed.split(","))
+    given.algorithms = tuple(entries.split(typed))
     options = Options(**{f.name: getattr(given, f.name) for f in fields(Options)})
     check(options, options.algorithms)
     if options.batch is not None and options.model is None:

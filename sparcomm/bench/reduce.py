@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from sparcomm.algorithms import Algorithm
+from sparcomm.algorithms import Algorithm, Cost
 from sparcomm.bench import entries, torch_hooks
 from sparcomm.bench.child import PATIENCE, Job
 from sparcomm.bench.gradient import captured, exact_sum, gradient
@@ -52,14 +52,17 @@ def synchronise(
         The sample, and the mean of the first step.
     """
     n, size = grad.numel(), transport.size
+    algorithm.check_size(size)
     state, residual = algorithm.init(n, grad.dtype, grad.device, size), None
     state.wants_sent = state.wants_total = False
     mean, first = torch.empty_like(grad), torch.empty(0)
     watch, counted = Stopwatch(progress), Counted(transport.traffic)
+    costs: list[Cost] = []
     for step in range(options.warmup + options.steps):
         if step == options.warmup:
             counted = Counted(transport.traffic)
             watch.start()
+        costs.append(algorithm.cost(n, grad.dtype, size, state))
         reduced = algorithm.reduce(grad, residual, state, step, transport)
         ok, _ = write_mean(reduced, mean, size)
         if not bool(ok):
@@ -69,12 +72,15 @@ def synchronise(
         if step == 0:
             first = mean.clone()
         watch.tick()
-    cost = list(algorithm.cost(n, grad.dtype, size))
-    sample = Sample(watch.seconds, watch.cpu_seconds, **counted.per_step(options.steps), cost=cost)
+    # What a first step finds out, and what adapts, is in the state: the mean of the steps that were timed.
+    cost = [round(sum(of) / options.steps) for of in zip(*costs[options.warmup :], strict=True)]
+    sample = Sample(
+        watch.seconds, watch.cpu_seconds, **counted.per_step(options.steps), cost=cost, bound=not algorithm.static
+    )
     return sample, first
 
 
 def selected(algorithm: Algorithm, n: int, size: int) -> int:
     """The k whose global top-k a step is compared with: the density's, or n where everything travels."""
-    density = algorithm.fields().get("density")
+    density = getattr(algorithm, "density", None)
     return n if density is None or algorithm.kept(n, size) == n else quota(density, n)

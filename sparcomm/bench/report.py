@@ -107,7 +107,7 @@ def _cells(row: Row, dense: Row | None) -> dict[str, str]:
         "CPU ms": f"{1e3 * row.cpu_seconds:.2f}",
         "MB sent": f"{row.bytes_sent / 1e6:.3f}",
         "MB on link": "" if row.link_bytes is None else f"{row.link_bytes / 1e6:.3f}",
-        "cost()": {None: "-", True: "equal", False: "DIFFERS"}[row.exact_cost],
+        "cost()": {None: "-", True: "within" if row.bound else "equal", False: "DIFFERS"}[row.exact_cost],
         "rounds": str(row.rounds),
         "speed-up": faster,
         "kept": "" if row.kept is None else f"{row.kept:,}",

@@ -34,6 +34,7 @@ class Row:
         bytes_sent, rounds, messages: of the busiest rank in one step.
         energy: see gradient.captured.
         exact_cost: whether what was counted is what ``cost()`` says; None for what is not ours.
+        bound: whether ``cost()`` is only a bound, because sizes depend on the data.
         link_bytes: that left the busiest host's interface in one step, headers included.
         extra: further entries.
     """
@@ -50,6 +51,7 @@ class Row:
     energy: float | None = None
     error: str | None = None
     exact_cost: bool | None = None
+    bound: bool = False
     link_bytes: float | None = None
     extra: dict[str, Any] = field(default_factory=dict[str, Any])
 
@@ -154,10 +156,17 @@ def combine(typed: str, numel: int, samples: list[dict[str, Any]]) -> Row:
         cpu_seconds=max(statistics.median(s["cpu"]) for s in samples),
         bytes_sent=busiest["bytes_sent"], rounds=busiest["rounds"], messages=busiest["messages"],
         kept=samples[0]["kept"], energy=samples[0]["energy"],
-        exact_cost=None if busiest["cost"] is None else busiest["cost"] == counted,
+        exact_cost=None if busiest["cost"] is None else _as_said(busiest, counted), bound=busiest["bound"],
         link_bytes=max(links) if links else None,
         extra=samples[0]["extra"],
     )  # fmt: skip
+
+
+def _as_said(sample: dict[str, Any], counted: list[int]) -> bool:
+    """Whether what was counted is what ``cost()`` says, or at most that, where it is a bound."""
+    if sample["bound"]:
+        return all(c <= most for c, most in zip(counted, sample["cost"], strict=True))
+    return sample["cost"] == counted
 
 
 @contextlib.contextmanager

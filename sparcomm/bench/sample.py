@@ -25,6 +25,7 @@ class Sample:
         kept: non-zero entries of the first step's mean.
         energy: of the first step, see gradient.captured; on rank 0 only.
         cost: rounds, messages and bytes as ``cost()`` says; None for what is not ours.
+        bound: whether that is a bound only.
         link_bytes: that left this host's interface in one step, headers included; None where it serves others, too.
         extra: further entries of the row.
     """
@@ -37,6 +38,7 @@ class Sample:
     kept: int | None = None
     energy: float | None = None
     cost: list[int] | None = None
+    bound: bool = False
     link_bytes: float | None = None
     extra: dict[str, Any] = field(default_factory=dict[str, Any])
 

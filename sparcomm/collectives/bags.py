@@ -4,6 +4,8 @@ Header, four words: magic u8 | status u8 | unit u16, step u32, payload length in
 everything else. A status bit is the OR of all its sender had seen when it sealed the bag, so the final all-gather
 tells every rank whether any rank saw an inf or NaN, without a round of its own.
 
+A bag's length is known to its receiver beforehand, or bounded, and then read from the header (``variable=True``).
+
 On CPU a damaged bag raises at once. Where the host does not wait for the device, damage becomes a bit that travels in
 all later bags and makes every step after it fail (``State.damage``).
 """
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparcomm import wire
-from sparcomm.errors import DamagedBag
+from sparcomm.errors import ConfigError, DamagedBag
 from sparcomm.kernels import Kernels
 
 _STATUS = 0xFF00
@@ -63,27 +65,62 @@ class Bags:
             bag[2] = length
             bag[3] = self.kernels.checksum(bag)
 
-    def open(self, bag: Tensor, source: int) -> Tensor:
+    def open(self, bag: Tensor, source: int, *, variable: bool = False) -> Tensor:
         """The payload of a bag from rank ``source``, a view. Takes its status into ``flags``.
+
+        Args:
+            variable: the bag fills the beginning of ``bag``, as far as its header says; else all of it.
 
         Raises:
             DamagedBag: (CPU) header, length or checksum are not those of this unit and step.
+            ConfigError: ``variable``, and the host would have to wait for a device to know the length.
         """
-        if self.device.type != "cpu":
+        if variable:
+            bag = bag[: self.length(bag, source)]
+        elif self.device.type != "cpu":
             return self._open_on_device(bag)
-        first, step, length, checksum = bag[:4].tolist()
-        got = (first & 0xFF, first >> 16 & 0xFFFF, step & 0xFFFFFFFF, length)
-        want = (wire.MAGIC, self.unit, self.step, bag.numel() - wire.HEADER_WORDS)
-        if got != want:
-            names = ("magic", "unit", "step", "length")
-            wrong = ", ".join(f"{n} {g} instead of {w}" for n, g, w in zip(names, got, want, strict=True) if g != w)
-            raise DamagedBag(f"step {self.step}, unit {self.unit}: bag from rank {source} has {wrong}")
+        else:
+            self._read_header(bag, source, bag.numel() - wire.HEADER_WORDS)
+        first, checksum = bag[: wire.HEADER_WORDS : 3].tolist()
         if int(self.kernels.checksum(bag)) != checksum:
-            raise DamagedBag(f"step {self.step}, unit {self.unit}: bag from rank {source} fails its checksum")
+            raise self._damaged(source, "fails its checksum")
         if status := first >> 8 & 0xFF:
             self.flags |= status
             self.check(source)
         return bag[wire.HEADER_WORDS :]
+
+    def length(self, bag: Tensor, source: int) -> int:
+        """Words, header included, of the bag from rank ``source`` at the beginning of ``bag``.
+
+        Raises:
+            DamagedBag: the header is not that of this unit and step, or says more words than there are.
+            ConfigError: not on CPU.
+        """
+        if self.device.type != "cpu":
+            raise ConfigError(
+                f"a bag of variable length on {self.device}: the host would have to wait for its header, "
+                'so that only CPUs take them; use indices="elias-fano"'
+            )
+        return wire.HEADER_WORDS + self._read_header(bag, source)
+
+    def _read_header(self, bag: Tensor, source: int, expected: int | None = None) -> int:
+        """Payload words by the header, which must fit this unit and step, and ``expected`` or else the buffer."""
+        room = bag.numel() - wire.HEADER_WORDS
+        if room < 0:
+            raise self._damaged(source, f"has {bag.numel()} words, less than a header")
+        first, step, length = (word & 0xFFFFFFFF for word in bag[:3].tolist())
+        fields = (("magic", first & 0xFF, wire.MAGIC), ("unit", first >> 16, self.unit), ("step", step, self.step))
+        wrong = [f"{name} {got} instead of {want}" for name, got, want in fields if got != want]
+        if expected is not None and length != expected:
+            wrong.append(f"length {length} instead of {expected}")
+        elif length > room:
+            wrong.append(f"length {length} instead of at most {room}")
+        if wrong:
+            raise self._damaged(source, f"has {', '.join(wrong)}")
+        return length
+
+    def _damaged(self, source: int, what: str) -> DamagedBag:
+        return DamagedBag(f"step {self.step}, unit {self.unit}: bag from rank {source} {what}")
 
     def _open_on_device(self, bag: Tensor) -> Tensor:
         length = bag.numel() - wire.HEADER_WORDS

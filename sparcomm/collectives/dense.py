@@ -39,39 +39,70 @@ def ordered_all_reduce(
         out.copy_(x)
         return
     chunk = -(-n // size)
+    rows = Rows(chunk, x, bags, transport, clock, workspace)
     with clock.span("code"):
-        words = wire.HEADER_WORDS + chunk * x.element_size() // wire.WORD
-        buffers = [workspace.take(size * words, torch.int32, x.device) for _ in range(2)]
-        rows, arrived = (b.view(size, words) for b in buffers)
-        values = _values(rows, x.dtype)
         whole = n // chunk
-        values[:whole] = x[: whole * chunk].view(whole, chunk)
-        values[whole:] = 0
+        rows.values[:whole] = x[: whole * chunk].view(whole, chunk)
+        rows.values[whole:] = 0
         if n % chunk:
-            values[whole, : n % chunk] = x[whole * chunk :]
-        for rank in range(size):
-            bags.seal(rows[rank])
-    with clock.span("wire"):
-        transport.all_to_all(arrived, rows)
+            rows.values[whole, : n % chunk] = x[whole * chunk :]
+    rows.reduce_scatter()
     with clock.span("code"):
-        total = _values(arrived, x.dtype)
-        mine = rows[0]  # reused: all of ``rows`` has been sent
-        acc = _values(rows, x.dtype)[0]
-        for rank in range(size):
-            bags.open(arrived[rank], rank)
-            acc.copy_(total[rank]) if rank == 0 else acc.add_(total[rank])
-        bags.note_nonfinite(acc)
-        bags.seal(mine)
+        bags.seal(rows.bags[0])
     with clock.span("wire"):
-        transport.all_gather(arrived, mine)
+        transport.all_gather(rows.arrived, rows.bags[0])
     with clock.span("code"):
+        total = payloads(rows.arrived, x.dtype)
         for rank in range(size):
-            bags.open(arrived[rank], rank)
+            bags.open(rows.arrived[rank], rank)
             part = out[rank * chunk : (rank + 1) * chunk]
             part.copy_(total[rank, : part.numel()])
-    workspace.give(*buffers)
+    workspace.give(*rows.buffers)
 
 
-def _values(rows: Tensor, dtype: torch.dtype) -> Tensor:
+class Rows:
+    """One bag for every rank, each holding that rank's part of a vector, and room for those that come from the others.
+
+    Args:
+        chunk: elements of a part.
+        like: gives dtype and device.
+
+    Attributes:
+        bags, arrived: (size, words) int32 each.
+        buffers: what they lie in, of the workspace, for whoever is done with them to give back.
+        values: (size, chunk), the payloads of ``bags``: row r is to be filled with what rank r shall have.
+    """
+
+    def __init__(
+        self, chunk: int, like: Tensor, bags: Bags, transport: Transport, clock: Clock, workspace: Workspace
+    ) -> None:
+        self._sealer, self._transport, self._clock = bags, transport, clock
+        self._dtype, size = like.dtype, transport.size
+        words = wire.HEADER_WORDS + chunk * like.element_size() // wire.WORD
+        self.buffers = [workspace.take(size * words, torch.int32, like.device) for _ in range(2)]
+        self.bags, self.arrived = (b.view(size, words) for b in self.buffers)
+        self.values = payloads(self.bags, like.dtype)
+
+    def reduce_scatter(self) -> Tensor:
+        """Sends the rows, and adds what arrives in rank order; sets bags' non-finite bit. Collective.
+
+        Returns:
+            (chunk,) the sum of this rank's part: the payload of ``bags[0]``, which is free again, as all the others.
+        """
+        with self._clock.span("code"):
+            for bag in self.bags:
+                self._sealer.seal(bag)
+        with self._clock.span("wire"):
+            self._transport.all_to_all(self.arrived, self.bags)
+        with self._clock.span("code"):
+            came, total = payloads(self.arrived, self._dtype), self.values[0]
+            for rank in range(self._transport.size):
+                self._sealer.open(self.arrived[rank], rank)
+                total.copy_(came[rank]) if rank == 0 else total.add_(came[rank])
+            self._sealer.note_nonfinite(total)
+        return total
+
+
+def payloads(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """The payloads of ``rows`` (size, words) as (size, chunk) of ``dtype``: a view that skips the headers."""
     return rows.view(dtype)[:, wire.HEADER_WORDS * wire.WORD // dtype.itemsize :]

@@ -6,7 +6,7 @@ import warnings
 
 from torch.optim import Optimizer
 
-from sparcomm.algorithms.base import Algorithm, SparseAlgorithm
+from sparcomm.algorithms.base import Algorithm
 from sparcomm.ddp.options import Options, adaptive
 
 _told: set[str] = set()
@@ -16,7 +16,7 @@ def warn_if_unsuited(algorithm: Algorithm, options: Options) -> None:
     """Warns, once per kind of optimizer, if a sparse algorithm feeds one of Adam's kind, or momentum comes twice."""
     optimizer = options.optimizer
     density = getattr(algorithm, "density", 1.0)
-    if optimizer is None or not isinstance(algorithm, SparseAlgorithm) or density >= 0.5:
+    if optimizer is None or not algorithm.sparse or density >= 0.5:
         return
     kind = type(optimizer).__name__
     if adaptive(optimizer):

@@ -6,14 +6,14 @@ On Gloo a size that differs between ranks aborts the process, so a difference ha
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from sparcomm import __version__
 from sparcomm.algorithms.base import Algorithm
-from sparcomm.errors import CheckpointError, ConfigMismatch
+from sparcomm.errors import CheckpointError, ConfigError, ConfigMismatch
 
 # What ``compare`` and ``compare_standing`` raise: every rank finds it by itself, so nobody has to be told.
 AGREED = (ConfigMismatch, CheckpointError)
@@ -30,7 +30,23 @@ def configuration(algorithm: Algorithm, size: int, parameters: Sequence[torch.Te
         "parameters": ", ".join(f"{count} {name}" for name, count in sorted(dtypes.items())),
         "algorithm": algorithm.name,
         **fields,
+        **algorithm.surroundings(),
     }
+
+
+def check_backend(algorithm: Algorithm, backends: str, devices: Iterable[torch.device]) -> None:
+    """Raises ConfigError where message sizes depend on the data, and gradients would travel over NCCL.
+
+    Args:
+        backends: by device type, such as "cpu:gloo,cuda:nccl".
+        devices: where gradients are.
+    """
+    on_nccl = "cuda:nccl" in backends and any(d.type == "cuda" for d in devices)
+    if on_nccl and not algorithm.static:
+        raise ConfigError(
+            f"{algorithm!r} sends messages whose length depends on the data, which NCCL cannot: choose "
+            "indices='elias-fano' and a selector of a fixed number, such as 'topk', or a process group on Gloo"
+        )
 
 
 def compare(configurations: Sequence[Mapping[str, str]]) -> None:

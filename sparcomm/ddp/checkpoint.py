@@ -218,8 +218,10 @@ def _check_parameters(old: Mapping[str, list[int]], params: Mapping[str, Tensor]
         raise CheckpointError(f"the state_dict does not fit the module: parameters {text}")
 
 
-def unpack(first: Entry, mine: Sequence[Entry], params: Mapping[str, Tensor], correction: Correction | None) -> Carried:
-    """The committed state by parameter, summed over ``mine``, in host memory. ``mine`` may be empty."""
+def unpack(
+    first: Entry, mine: Sequence[Entry], params: Mapping[str, Tensor], correction: Correction | None, size: int
+) -> Carried:
+    """The committed state by parameter for one of ``size`` ranks, summed over ``mine`` (if any), in host memory."""
     carried = Carried()
     for entry in mine:
         _add(carried.residual, entry["residuals"], params)
@@ -227,7 +229,9 @@ def unpack(first: Entry, mine: Sequence[Entry], params: Mapping[str, Tensor], co
         for name, tensors in entry["per_element"].items():
             _add(carried.per_element.setdefault(name, {}), tensors, params)
     _fit_velocity(carried, first, len(mine), correction)
-    carried.shared = {id(params[name]): dict(fields) for name, fields in first["shared"].items()}
+    # Small fields may be a rank's own, so as many ranks go on with just what they had.
+    own = mine[0] if mine and mine[0]["world_size"] == size else first
+    carried.shared = {id(params[name]): dict(fields) for name, fields in own["shared"].items()}
     carried.rates = {id(params[name]): rate for name, rate in first["learning_rates"].items()}
     return carried
 

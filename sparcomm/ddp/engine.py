@@ -34,7 +34,7 @@ from sparcomm.ddp.rollcall import Standing, standing_of
 from sparcomm.ddp.step import Step
 from sparcomm.ddp.units import Carried, Partition
 from sparcomm.ddp.worker import Inline, Worker
-from sparcomm.errors import DamagedBag, HookError
+from sparcomm.errors import ConfigError, DamagedBag, HookError
 from sparcomm.kernels import warm_up
 from sparcomm.transport.torchdist import TorchTransport
 
@@ -61,6 +61,7 @@ class Engine:
         carried: state that has no unit yet: loaded from a checkpoint taken before the units were final.
 
     Raises:
+        ConfigError: the algorithm cannot run over so many ranks.
         ConfigMismatch: ranks have different configurations.
         PeerError, RemoteError: a rank did not come, or failed.
     """
@@ -84,12 +85,16 @@ class Engine:
             mine = agreement.configuration(algorithm, self.size, parameters) | options.describe()
             mine["skipped parameters"] = str(sum(id(p) in skipped for p in parameters))
             agreement.compare(self._board.exchange("configuration", mine))
+            algorithm.check_size(self.size)
+            agreement.check_backend(algorithm, dist.get_backend_config(group), {p.device for p in parameters})
             device = parameters[0].device if parameters else None
             self.transport = TorchTransport.from_group(
                 group, device=device, timeout=self._board.wait, name=self._board.token
             )
         except Exception as error:  # noqa: BLE001
-            shown = error if isinstance(error, agreement.AGREED) else self._board.report(error)
+            # What does not fit the agreed number of ranks, too, every rank finds by itself.
+            found = isinstance(error, (*agreement.AGREED, ConfigError))
+            shown = error if found else self._board.report(error)
             self._board.close()
             raise shown from None
         self.log = log.get_logger(self.rank, self.size)

@@ -62,7 +62,7 @@ def units_made(log: RankLogger, step: int, units: Iterable[Unit]) -> None:
     """Says how the gradient was cut, and what a step will send: once the units are final."""
     made = [u for u in units if u.numel]
     sizes = [u.numel for u in made]
-    ours = sum(u.algorithm.cost(u.numel, u.dtype, log.size).bytes_sent for u in made)
+    ours = sum(u.algorithm.cost(u.numel, u.dtype, log.size, u.state).bytes_sent for u in made)
     dense = sum(dense_traffic(u.numel, u.dtype.itemsize, log.size)[2] for u in made)
     log.tell(
         logging.INFO,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
@@ -40,5 +40,4 @@ class Plan:
             return self.dense
         if self.density is None or self.density == getattr(own, "density", self.density):
             return own
-        changed: dict[str, Any] = {"density": self.density}
-        return replace(own, **changed)
+        return own.with_density(self.density)

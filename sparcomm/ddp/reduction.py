@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparcomm.algorithms.base import SparseAlgorithm, State
+from sparcomm.algorithms.base import State
 from sparcomm.ddp.mean import write_mean
 from sparcomm.ddp.monitor import Monitor
 from sparcomm.ddp.options import Options
@@ -195,7 +195,7 @@ class Reducer:
             return unit.residual
         if residual is not None and residual is unit.residual:
             residual = residual.clone()  # what is committed must not change before the commit
-        owes = unit.algorithm.conserves and (residual is not None or isinstance(unit.algorithm, SparseAlgorithm))
+        owes = unit.algorithm.conserves and (residual is not None or unit.algorithm.sparse)
         if lost is not None and owes and keeper(number, unit.number, size) == rank:
             if residual is None:
                 residual = space.take(unit.numel, lost.dtype, lost.device).zero_()

@@ -344,7 +344,7 @@ class HookState:
         engine = self._started()
         first, mine = checkpoint.choose(state_dict, engine.rank, engine.size)
         engine.drain()
-        carried = checkpoint.unpack(first, mine, self._module.params, self.options.correction)
+        carried = checkpoint.unpack(first, mine, self._module.params, self.options.correction, engine.size)
         partition = engine.cutter.partition(final=first["units"] is not None)
         if first["units"] is not None:
             for names in first["units"]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparcomm.ddp.units import Unit, field_kinds
+from sparcomm.algorithms.base import field_kinds, get_field
+from sparcomm.ddp.units import Unit
 from sparcomm.transport.base import Traffic
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def _held(unit: Unit) -> Iterator[Tensor]:
             yield t
     for name, kind in field_kinds(unit.state):
         if kind == "per_element":
-            yield getattr(unit.state, name)
+            yield get_field(unit.state, name)
 
 
 def _memory(t: Tensor) -> int:

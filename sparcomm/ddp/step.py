@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparcomm.algorithms.base import State
+from sparcomm.algorithms.base import State, field_kinds, get_field, set_field
 from sparcomm.clock import Range
 from sparcomm.ddp.delivery import Delivery
 from sparcomm.ddp.plan import Plan
 from sparcomm.ddp.reduction import Pending, Reducer
-from sparcomm.ddp.units import Partition, Unit, field_kinds
+from sparcomm.ddp.units import Partition, Unit
 from sparcomm.errors import HookError
 
 
@@ -180,10 +180,10 @@ def _select_state(good: Tensor, new: State, old: State) -> State:
     if new is old:
         return new
     kinds = [(name, kind) for name, kind in field_kinds(new) if kind != "derived"]
-    pairs = [(getattr(new, name), getattr(old, name)) for name, _ in kinds]
+    pairs = [(get_field(new, name), get_field(old, name)) for name, _ in kinds]
     if any(not isinstance(a, Tensor) and a != b for a, b in pairs):
         return new if bool(good) else old
     for (name, _), (a, b) in zip(kinds, pairs, strict=True):
         if isinstance(a, Tensor):
-            setattr(new, name, _select(good, a, b))
+            set_field(new, name, _select(good, a, b))
     return new

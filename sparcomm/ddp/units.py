@@ -8,7 +8,6 @@ stays. Buckets that differ from the units later (after a resume, DDP starts with
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,12 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparcomm.algorithms.base import Algorithm, State
+from sparcomm.algorithms.base import Algorithm, State, field_kinds, get_field, set_field
 from sparcomm.ddp.storage import Storage
 from sparcomm.dtypes import working_dtype
 from sparcomm.errors import HookError
 from sparcomm.transport.base import Traffic
 from sparcomm.workspace import Workspace
+
+SMALL = ("shared", "private")  # kinds of fields that a unit hands over whole
 
 
 @dataclass(eq=False)
@@ -84,7 +85,7 @@ class Carried:
         velocity: flat working-dtype tensors of momentum correction.
         rates: learning rates at the last committed step.
         per_element: the algorithm's own fields of that kind, by field name.
-        shared: the shared fields of the unit that the parameter belonged to.
+        shared: the shared and private fields of the unit that the parameter belonged to.
     """
 
     residual: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
@@ -120,12 +121,12 @@ class Partition:
         unit.rates = {id(p): carried.rates[id(p)] for p in params if id(p) in carried.rates}
         for name, kind in field_kinds(state):
             if kind == "per_element" and name in carried.per_element:
-                fresh: Tensor = getattr(state, name)
+                fresh: Tensor = get_field(state, name)
                 joined = _join(unit, carried.per_element[name], fresh.dtype)
-                setattr(state, name, fresh if joined is None else joined)
-            elif kind == "shared" and params:
+                set_field(state, name, fresh if joined is None else joined)
+            elif kind in SMALL and params:
                 old = carried.shared.get(id(params[0]), {})
-                setattr(state, name, _copied(old.get(name, getattr(state, name)), device))
+                set_field(state, name, _copied(old.get(name, get_field(state, name)), device))
         self.units.append(unit)
         for p, span in unit.spans():
             self._home[id(p)] = (unit, span)
@@ -168,7 +169,7 @@ class Partition:
         carried = Carried()
         for unit in self.units:
             kinds = field_kinds(unit.state)
-            shared = {name: getattr(unit.state, name) for name, kind in kinds if kind == "shared"}
+            shared = {name: get_field(unit.state, name) for name, kind in kinds if kind in SMALL}
             carried.rates.update(unit.rates)
             for p, span in unit.spans():
                 if unit.residual is not None:
@@ -177,15 +178,10 @@ class Partition:
                     carried.velocity[id(p)] = unit.velocity[span]
                 for name, kind in kinds:
                     if kind == "per_element":
-                        carried.per_element.setdefault(name, {})[id(p)] = getattr(unit.state, name)[span]
+                        carried.per_element.setdefault(name, {})[id(p)] = get_field(unit.state, name)[span]
                 if shared:
                     carried.shared[id(p)] = shared
         return carried
-
-
-def field_kinds(state: State) -> list[tuple[str, str]]:
-    """(name, "per_element" | "shared" | "derived") of every field of a State."""
-    return [(f.name, f.metadata.get("kind", "derived")) for f in dataclasses.fields(state)]
 
 
 def _join(unit: Unit, by_param: dict[int, Tensor], dtype: torch.dtype) -> Tensor | None:

@@ -7,125 +7,51 @@ accelerator the host does not wait: entries that must not be stored are masked, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparcomm import wire
 from sparcomm.errors import SparcommError
-from sparcomm.kernels.interface import Working
+from sparcomm.kernels import bits
+from sparcomm.kernels._entries import add, gather, scatter, subtract
+from sparcomm.kernels._entries import raise_flag as _raise_flag
+from sparcomm.kernels._entries import saturate as _saturate
+from sparcomm.kernels._sums import above, compensate, count_above, deduct, merge, sample, select, settle, survey, top
+from sparcomm.kernels.checks import check_code, check_rice, check_rounding, check_scales
 from sparcomm.layout import Layout
 from sparcomm.sparse import Sparse
 
-MASK32 = 0xFFFFFFFF
-
-
-@dataclass(eq=False)
-class Dense(Working):
-    """What ``compensate`` returns: beside ``out`` a full vector of the sums."""
-
-    out: Tensor
-    layout: Layout
-    sums: Tensor
-    flags: Tensor
-    chosen: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
-
-
-def compensate(
-    grad: Tensor,
-    residual: Tensor | None,
-    out: Tensor,
-    layout: Layout,
-    k: int,  # noqa: ARG001
-    flags: Tensor,
-) -> Working:
-    """Writes grad + residual, twice."""
-    out.copy_(grad)
-    if residual is not None:
-        out.add_(residual)
-    _raise_flag(flags, wire.NONFINITE, ~out.isfinite())
-    return Dense(out, layout, out.clone(), flags)
-
-
-def select(work: Working, block: int, k: int) -> tuple[Tensor, Tensor]:
-    """Positions and sums of the k largest magnitudes."""
-    x, layout, chosen = _open(work, block)
-    if not 0 <= k <= layout.length:
-        raise SparcommError(f"select: k={k} must be in [0, {layout.length}], the length of a block")
-    everywhere = torch.arange(layout.length, device=x.device)
-    key = _magnitude(gather(x, everywhere, layout, block))
-    index = chosen[block] = key.sort(descending=True, stable=True).indices[:k].sort().values
-    return index, gather(x, index, layout, block)
-
-
-def merge(work: Working, block: int, index: Tensor, value: Tensor) -> None:
-    """Adds to the sums."""
-    x, layout, _ = _open(work, block)
-    add(x, index, value, layout, block, _dense(work).flags)
-
-
-def deduct(work: Working, block: int, value: Tensor) -> None:
-    """Takes what was sent from the sums."""
-    dense = _dense(work)
-    chosen = dense.chosen.get(block)
-    if chosen is None or value.shape != chosen.shape:
-        raise SparcommError(f"block {block}: {value.numel()} values to deduct, but as many must have been selected")
-    subtract(dense.sums, chosen, value, dense.layout, block)
-
-
-def settle(work: Working, block: int, index: Tensor) -> None:
-    """Writes sums to out."""
-    dense = _dense(work)
-    scatter(dense.out, index, gather(dense.sums, index, dense.layout, block), dense.layout, block)
-
-
-def _dense(work: Working) -> Dense:
-    if not isinstance(work, Dense):
-        raise SparcommError(f"{type(work).__name__} was not made by this implementation's compensate")
-    return work
-
-
-def _open(work: Working, block: int) -> tuple[Tensor, Layout, dict[int, Tensor]]:
-    dense = _dense(work)
-    if block in dense.chosen:
-        raise SparcommError(f"block {block} has been selected from already: nothing can be merged or selected again")
-    return dense.sums, dense.layout, dense.chosen
-
-
-def gather(x: Tensor, index: Tensor, layout: Layout, block: int) -> Tensor:
-    """Values at local positions."""
-    if not layout.numel:
-        return x.new_zeros(index.shape)
-    j, stored, _ = _place(index, layout, block)
-    return torch.where(stored, x[j], 0)
-
-
-def subtract(x: Tensor, index: Tensor, value: Tensor, layout: Layout, block: int) -> None:
-    """x[index] -= value."""
-    if layout.numel:
-        j, stored, _ = _place(index, layout, block)
-        _store(x, j, stored, x[j] - value)
-
-
-def add(x: Tensor, index: Tensor, value: Tensor, layout: Layout, block: int, flags: Tensor) -> None:
-    """x[index] += value."""
-    if not layout.numel:
-        _raise_flag(flags, wire.DAMAGED, torch.ones_like(index, dtype=torch.bool))
-        return
-    j, stored, inside = _place(index, layout, block)
-    _raise_flag(flags, wire.DAMAGED, ~inside)
-    new = x[j] + value
-    _raise_flag(flags, wire.NONFINITE, stored & ~new.isfinite())
-    _store(x, j, stored, new)
-
-
-def scatter(out: Tensor, index: Tensor, value: Tensor, layout: Layout, block: int) -> None:
-    """out[index] = value."""
-    if layout.numel:
-        j, stored, _ = _place(index, layout, block)
-        _store(out, j, stored, value)
+__all__ = [
+    "above",
+    "add",
+    "bitmap_decode",
+    "bitmap_encode",
+    "checksum",
+    "compensate",
+    "count_above",
+    "deduct",
+    "dequantize",
+    "elias_fano_decode",
+    "elias_fano_encode",
+    "expand",
+    "gather",
+    "merge",
+    "merge_sum",
+    "narrow",
+    "quantize",
+    "rice_decode",
+    "rice_encode",
+    "round_stochastic",
+    "sample",
+    "scatter",
+    "select",
+    "settle",
+    "subtract",
+    "survey",
+    "top",
+    "widen",
+]
 
 
 def expand(out: Tensor, index: Sequence[Tensor], value: Sequence[Tensor], layout: Layout) -> None:
@@ -149,39 +75,108 @@ def merge_sum(a: Sparse, b: Sparse) -> Sparse:
 def elias_fano_encode(index: Tensor, m: int, out: Tensor) -> None:
     """Low bits verbatim, then a unary bitmap of the high parts."""
     k = index.numel()
-    _check_code(out, k, m, wire.elias_fano_words(k, m))
+    check_code(out, k, m, wire.elias_fano_words(k, m))
     low = wire.low_bits(k, m)
     split = wire.words(k * low)
-    fields = (index.view(-1, 1) >> torch.arange(low, device=index.device)) & 1
-    _pack(fields.view(-1), out[:split])
+    bits.pack(bits.fields(index, low), out[:split])
     ones = (index >> low) + torch.arange(k, device=index.device)
-    _pack(_mark(ones, 32 * (out.numel() - split)), out[split:])
+    bits.pack(bits.mark(ones, 32 * (out.numel() - split)), out[split:])
 
 
 def elias_fano_decode(words: Tensor, k: int, m: int, flags: Tensor) -> Tensor:
     """The inverse of elias_fano_encode, on any bits."""
-    _check_code(words, k, m, wire.elias_fano_words(k, m))
+    check_code(words, k, m, wire.elias_fano_words(k, m))
     low = wire.low_bits(k, m)
     split = wire.words(k * low)
-    verbatim, unary = _unpack(words[:split]), _unpack(words[split:])
-    weight = 1 << torch.arange(low, device=words.device)
-    lows = (verbatim[: k * low].view(k, low) * weight).sum(1)
-    highs = _ones(unary, k) - torch.arange(k, device=words.device)
+    verbatim, unary = bits.unpack(words[:split]), bits.unpack(words[split:])
+    lows = bits.numbers(verbatim, k, low)
+    highs = bits.ones(unary, k) - torch.arange(k, device=words.device)
     unused = [verbatim[k * low :], unary[max(0, k + ((m - 1) >> low)) :]]
-    return _settle((highs << low) | lows, m, flags, unary.sum() != k, torch.cat(unused).any())
+    return _harmless((highs << low) | lows, m, flags, (unary.sum() != k) | torch.cat(unused).any())
 
 
 def bitmap_encode(index: Tensor, m: int, out: Tensor) -> None:
     """Bit i % 32 of word i // 32."""
-    _check_code(out, index.numel(), m, wire.bitmap_words(m))
-    _pack(_mark(index, 32 * out.numel()), out)
+    check_code(out, index.numel(), m, wire.bitmap_words(m))
+    bits.pack(bits.mark(index, 32 * out.numel()), out)
 
 
 def bitmap_decode(words: Tensor, k: int, m: int, flags: Tensor) -> Tensor:
     """The inverse of bitmap_encode, on any bits."""
-    _check_code(words, k, m, wire.bitmap_words(m))
-    bits = _unpack(words)
-    return _settle(_ones(bits, k), m, flags, bits.sum() != k, bits[m:].any())
+    check_code(words, k, m, wire.bitmap_words(m))
+    unpacked = bits.unpack(words)
+    return _harmless(bits.ones(unpacked, k), m, flags, (unpacked.sum() != k) | unpacked[m:].any())
+
+
+def rice_encode(index: Tensor, m: int, out: Tensor) -> int:
+    """Low bits of the gaps, then their unary parts."""
+    k = index.numel()
+    check_rice(k, m, out)
+    if k in (0, m):
+        return 0
+    gaps = index.diff(prepend=index.new_tensor([-1])) - 1
+    low, used = bits.shortest_rice(gaps, m)
+    high = gaps >> low
+    unary = bits.mark(high.cumsum(0) + torch.arange(k, device=index.device), int(high.sum()) + k)
+    header = bits.fields(index.new_tensor([low]), wire.RICE_HEADER)
+    bits.pack(torch.cat([header, bits.fields(gaps, low), unary]), out[:used])
+    return used
+
+
+def rice_decode(words: Tensor, k: int, m: int, flags: Tensor) -> Tensor:
+    """Reads what seems to be there, and believes it if coding it gives the same words."""
+    check_rice(k, m)
+    found = _rice_index(words, k, m)
+    if found is not None:
+        again = words.new_empty(wire.rice_words(k, m))
+        if torch.equal(again[: rice_encode(found, m, again)], words):
+            return found
+    flags.bitwise_or_(wire.DAMAGED)
+    return torch.arange(k, device=words.device)
+
+
+def _rice_index(words: Tensor, k: int, m: int) -> Tensor | None:
+    """(k,) indices, strictly increasing below m, that ``words`` may be the code of; None if it is none."""
+    if k in (0, m):
+        return torch.arange(k, device=words.device)
+    if not 0 < words.numel() <= wire.rice_words(k, m):
+        return None
+    gaps = bits.rice_gaps(words, k, m)
+    if gaps is None or float(gaps.to(torch.float64).sum()) > m:
+        return None
+    index = (gaps + 1).cumsum(0) - 1
+    return index if int(index[-1]) < m else None
+
+
+def quantize(value: Tensor, scale: Tensor, code: Tensor, seed: int | None) -> Tensor:
+    """Codes of 8 bits in units of a power of two per group; returns what a receiver reads."""
+    check_scales(scale, code, value)
+    k = value.numel()
+    single = _saturate(value.to(torch.float32), value.isfinite())
+    padded = single.new_zeros(wire.GROUP * scale.numel())
+    padded[:k] = single
+    scale.copy_(bits.group_scale(padded.view(-1, wire.GROUP)))
+    x = single.to(torch.float64) * bits.power(wire.SCALE_BIAS - _exponents(scale, k))
+    if seed is None:
+        x = x.round()
+    else:
+        place = torch.arange(k, device=x.device)
+        x = (x + bits.noise(place, seed) * 2.0**-32).floor()
+    code.copy_(x.nan_to_num(0).clamp(-127, 127))
+    return dequantize(scale, code, value.dtype, torch.zeros(1, dtype=torch.uint8, device=value.device))
+
+
+def dequantize(scale: Tensor, code: Tensor, dtype: torch.dtype, flags: Tensor) -> Tensor:
+    """The inverse of quantize, on any bytes."""
+    check_scales(scale, code)
+    _raise_flag(flags, wire.DAMAGED, code < -127)
+    worth = bits.power(_exponents(scale, code.numel()) - wire.SCALE_BIAS)
+    return (code.clamp(min=-127) * worth).to(dtype)
+
+
+def _exponents(scale: Tensor, k: int) -> Tensor:
+    """(k,) int64: each value's scale byte."""
+    return scale.to(torch.int64).repeat_interleave(wire.GROUP, output_size=wire.GROUP * scale.numel())[:k]
 
 
 def narrow(value: Tensor, out: Tensor) -> Tensor:
@@ -199,110 +194,27 @@ def widen(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def round_stochastic(x: Tensor, out: Tensor, seed: int) -> None:
     """Adds 16 random bits below those that bfloat16 keeps, then cuts; in int64, so that no sum wraps."""
-    _check_rounding(x, out)
-    key, words = _mix(seed & MASK32), out.view(torch.int16)
+    check_rounding(x, out)
+    words = out.view(torch.int16)
     for start in range(0, x.numel(), 1 << 22):  # int64 copies of all of x at once may not fit on a device
-        bits = x[start : start + (1 << 22)].view(torch.int32).to(torch.int64)
-        place = torch.arange(start, start + bits.numel(), device=x.device) & MASK32
-        noise = _mix((_mix(place ^ key) + key) & MASK32) >> 16
-        magnitude = bits & 0x7FFFFFFF
+        word = x[start : start + (1 << 22)].view(torch.int32).to(torch.int64)
+        noise = bits.noise(torch.arange(start, start + word.numel(), device=x.device), seed) >> 16
+        magnitude = word & 0x7FFFFFFF
         short = ((magnitude + noise) >> 16).clamp(max=0x7F7F)
         short = torch.where(magnitude >= 0x7F800000, 0x7F80, short)
         short = torch.where(magnitude > 0x7F800000, 0x7FC0, short)
-        words[start : start + (1 << 22)] = short | ((bits >> 16) & 0x8000)  # the low 16 bits are stored
+        words[start : start + (1 << 22)] = short | ((word >> 16) & 0x8000)  # the low 16 bits are stored
 
 
 def checksum(words: Tensor) -> Tensor:
     """Sum of mixed words; 32-bit arithmetic in int64, of which the low half never sees the high."""
     place = torch.arange(words.numel(), device=words.device)
     w = torch.where(place == 3, 0, words.to(torch.int64))
-    return _mix((w ^ (place * 0x9E3779B9)) & MASK32).sum().to(torch.int32)
+    return bits.mix((w ^ (place * 0x9E3779B9)) & bits.MASK32).sum().to(torch.int32)
 
 
-def _mix(w: Any) -> Any:
-    """A bijection of 32-bit words (tensors of int64, or an int) in which every input bit reaches every output bit."""
-    w = ((w ^ (w >> 16)) * 0x7FEB352D) & MASK32
-    w = ((w ^ (w >> 15)) * 0x846CA68B) & MASK32
-    return w ^ (w >> 16)
-
-
-def _magnitude(x: Tensor) -> Tensor:
-    """IEEE bits without the sign: int32 of float32, int64 of float64."""
-    if x.dtype == torch.float64:
-        return x.view(torch.int64) & 0x7FFFFFFFFFFFFFFF
-    return x.view(torch.int32) & 0x7FFFFFFF
-
-
-def _raise_flag(flags: Tensor, bit: int, where: Tensor) -> None:
-    flags.bitwise_or_(where.any().to(torch.uint8) * bit)
-
-
-def _place(index: Tensor, layout: Layout, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Global positions that are safe to read, whether each is stored (no padding), whether each is in the block."""
-    inside = (index >= 0) & (index < layout.length)
-    j = layout.to_global(torch.where(inside, index, 0), block)
-    return j.clamp(max=layout.numel - 1), inside & (j < layout.numel), inside
-
-
-def _store(x: Tensor, j: Tensor, stored: Tensor, value: Tensor) -> None:
-    """x[j] = value where stored. The others repeat a stored entry, or write x[0] to itself if there is none."""
-    if not j.numel():
-        return
-    first = stored.to(torch.uint8).argmax().view(1)
-    source = torch.where(stored, torch.arange(j.numel(), device=j.device), first)
-    some = stored[first]
-    x[torch.where(some, j[source], 0)] = torch.where(some, value[source], x[:1])
-
-
-def _mark(places: Tensor, bits: int) -> Tensor:
-    """(bits,) int64: 1 at places, else 0."""
-    out = torch.zeros(bits, dtype=torch.int64, device=places.device)
-    return out.index_fill_(0, places, 1)
-
-
-def _pack(bits: Tensor, out: Tensor) -> None:
-    """Bits (int64, 0 or 1), least significant first, into int32 words; the rest is zero."""
-    padded = torch.zeros(32 * out.numel(), dtype=torch.int64, device=bits.device)
-    padded[: bits.numel()] = bits
-    weight = 1 << torch.arange(32, device=bits.device)
-    out.copy_((padded.view(-1, 32) * weight).sum(1).to(torch.int32))
-
-
-def _unpack(words: Tensor) -> Tensor:
-    return ((words.to(torch.int64).view(-1, 1) >> torch.arange(32, device=words.device)) & 1).view(-1)
-
-
-def _ones(bits: Tensor, k: int) -> Tensor:
-    """(k,) places of the first k ones, in order; past the end where there are fewer."""
-    return torch.searchsorted(bits.cumsum(0), torch.arange(1, k + 1, device=bits.device))
-
-
-def _settle(index: Tensor, m: int, flags: Tensor, *damage: Tensor) -> Tensor:
-    """Flags what no encoder writes, and makes any such index harmless."""
-    for found in damage:
-        _raise_flag(flags, wire.DAMAGED, found)
-    if not index.numel():
-        return index
-    _raise_flag(flags, wire.DAMAGED, (index < 0) | (index >= m))
-    _raise_flag(flags, wire.DAMAGED, index[1:] <= index[:-1])
-    return index.clamp(0, m - 1).cummax(0).values
-
-
-def _check_code(words: Tensor, k: int, m: int, expected: int) -> None:
-    if words.numel() != expected or not 0 <= k <= m:
-        raise SparcommError(
-            f"code of k={k} indices below m={m} in {words.numel()} words: needs 0 <= k <= m and {expected} words"
-        )
-
-
-def _check_rounding(x: Tensor, out: Tensor) -> None:
-    if x.dtype != torch.float32 or out.dtype != torch.bfloat16 or x.shape != out.shape:
-        raise SparcommError(
-            f"stochastic rounding of {x.dtype}{list(x.shape)} to {out.dtype}{list(out.shape)}: "
-            "must be float32 to bfloat16, of one shape"
-        )
-
-
-def _saturate(cast: Tensor, finite: Tensor) -> Tensor:
-    """Replaces infinities that rounding made of finite values by the largest finite value of the dtype."""
-    return torch.where(finite, cast.nan_to_num(), cast)
+def _harmless(index: Tensor, m: int, flags: Tensor, damaged: Tensor) -> Tensor:
+    """``index``; 0, 1, ... and the flag if that is not strictly increasing below m, or ``damaged``."""
+    damaged = damaged | ((index < 0) | (index >= m)).any() | (index[1:] <= index[:-1]).any()
+    _raise_flag(flags, wire.DAMAGED, damaged)
+    return torch.where(damaged, torch.arange(index.numel(), device=index.device), index)

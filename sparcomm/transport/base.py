@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -59,10 +60,16 @@ class Transport(Protocol):
         rank, size: this rank's number in the group, and the number of ranks.
         traffic: what this rank has sent and received so far.
         context: free text put into error messages ("step 12, unit 3"); set by the caller.
+        siblings: sizes of all groups of the ``split`` that made this one, by color, the same on all its ranks; {} if
+            none did.
+        subgroups: (color, key, group) of what ``collectives.groups.split_once`` has made of this one, by name; they
+            are closed with it.
     """
 
     rank: int
     size: int
+    siblings: Mapping[int, int]
+    subgroups: dict[str, tuple[int, int, Transport]]
 
     @property
     def traffic(self) -> Traffic:
@@ -108,4 +115,8 @@ class Transport(Protocol):
 
     def measure(self) -> Link:
         """The slowest rank's link to its neighbour, the same on all ranks; collective, and not booked as traffic."""
+        ...
+
+    def close(self) -> None:
+        """Frees what this transport owns, ``subgroups`` included. Idempotent, not collective."""
         ...

@@ -8,22 +8,18 @@ additions) is written here once, and is therefore the same on every backend.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple, TypeVar, get_args
+from collections import Counter
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from sparcomm.errors import ConfigError, PeerError
-from sparcomm.transport.base import Link, Op, Traffic
+from sparcomm.transport.base import Link, Op, Traffic, Transport
 from sparcomm.transport.probe import probe
+from sparcomm.transport.reduction import check_reducible, reduce_rows
 
-OPS: tuple[str, ...] = get_args(Op)
-_ADDABLE = (
-    torch.float32, torch.float64, torch.float16, torch.bfloat16,
-    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
-)  # fmt: skip
-# Bitwise operations do not care for the type, only for the width: unsigned words have few kernels in torch.
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Self = TypeVar("Self", bound="BaseTransport")
 
 
@@ -88,6 +84,8 @@ class BaseTransport(ABC):
         self._shared = shared or Shared()
         self._tag = 0  # number of this transport's transfers so far: the same on all ranks at matching calls
         self.call = Call("")
+        self.siblings: Mapping[int, int] = {}
+        self.subgroups: dict[str, tuple[int, int, Transport]] = {}
         self._closed = False
 
     @property
@@ -196,7 +194,9 @@ class BaseTransport(ABC):
         self._gather_setup(pairs, torch.tensor([color, key], dtype=torch.int64))
         rows: list[list[int]] = pairs.tolist()
         members = sorted((k, r) for r, (c, k) in enumerate(rows) if c == color)
-        return self._make_split([r for _, r in members], color)
+        made = self._make_split([r for _, r in members], color)
+        made.siblings = dict(sorted(Counter(c for c, _ in rows).items()))
+        return made
 
     def measure(self) -> Link:
         """See ``Transport.measure``: exchanges with the next rank, of few bytes and of 1 MiB (probe.py)."""
@@ -223,8 +223,11 @@ class BaseTransport(ABC):
             self._die()
 
     def close(self) -> None:
-        """Frees what this transport owns; later calls raise PeerError. Idempotent. Not collective."""
+        """Frees what this transport owns, ``subgroups`` too; later calls raise PeerError. Idempotent, and local."""
         self._closed = True
+        for _, _, group in list(self.subgroups.values()):
+            group.close()
+        self.subgroups.clear()
 
     # ---- what a backend supplies ------------------------------------------------------------------------------
 
@@ -361,39 +364,3 @@ def overlap(a: Tensor, b: Tensor) -> bool:
     """Whether two contiguous tensors share bytes."""
     start, other = a.data_ptr(), b.data_ptr()
     return 0 < start < other + nbytes(b) and 0 < other < start + nbytes(a) and a.device == b.device
-
-
-def check_reducible(x: Tensor, op: str, native: bool) -> None:
-    """Raises ConfigError unless ``op`` is one of OPS and has a meaning for the dtype of ``x``."""
-    if op not in OPS:
-        raise ConfigError(f"all_reduce: op={op!r}, must be one of {', '.join(map(repr, OPS))}")
-    if native and op not in ("sum", "max"):
-        raise ConfigError(f"all_reduce: native=True takes 'sum' or 'max', not {op!r}")
-    if native and x.dtype == torch.int16:
-        raise ConfigError("all_reduce: native=True takes no torch.int16, which neither Gloo nor NCCL can add")
-    if op in ("band", "bor"):
-        if x.is_floating_point() or x.is_complex():
-            raise ConfigError(f"all_reduce: op={op!r} takes integers and bool, not {x.dtype}")
-    elif x.dtype not in _ADDABLE and not (op == "max" and x.dtype == torch.bool):
-        allowed = ", ".join(str(d).removeprefix("torch.") for d in _ADDABLE)
-        raise ConfigError(f"all_reduce: op={op!r} takes {allowed}, not {x.dtype}")
-
-
-def reduce_rows(rows: Tensor, op: str) -> Tensor:
-    """Reduces ``rows`` (p, m) over dim 0 from row 0 upwards; returns (m,) of the same dtype. May overwrite ``rows``."""
-    if op in ("band", "bor"):
-        words = rows.view(_WORDS[rows.element_size()])
-        for row in words[1:]:
-            _ = words[0].bitwise_and_(row) if op == "band" else words[0].bitwise_or_(row)
-    elif op == "max":
-        for row in rows[1:]:
-            torch.maximum(rows[0], row, out=rows[0])
-    elif rows.dtype in (torch.float16, torch.bfloat16):
-        total = rows[0].float()
-        for row in rows[1:]:
-            total.add_(row)
-        return total.to(rows.dtype)
-    else:
-        for row in rows[1:]:
-            rows[0].add_(row)
-    return rows[0]

@@ -29,6 +29,7 @@ from typing import Any, Generic, TypeVar, cast
 from torch import Tensor
 
 from sparcomm.errors import ConfigError, DisagreementError, PeerError
+from sparcomm.threads import serial
 from sparcomm.transport.base import Link, Op, Traffic
 from sparcomm.transport.common import BaseTransport, Call, Shared, nbytes, shape_of
 
@@ -372,7 +373,8 @@ class _Worker(threading.Thread):
             self.wake.acquire()
             assert self.job is not None
             (world, rank), self.job = self.job, None
-            world.main(rank)
+            with serial():  # one rank runs at a time, as on a core of its own
+                world.main(rank)
             del world  # an idle thread keeps no tensors alive
 
 

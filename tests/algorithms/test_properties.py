@@ -5,6 +5,7 @@ A new algorithm file is swept by this suite without being named here.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -13,14 +14,26 @@ import pytest
 import torch
 
 from sparcomm.algorithms import Algorithm, Reduced, registry
-from sparcomm.dtypes import WIRE_DTYPES, working_dtype
-from sparcomm.errors import DamagedBag, GradientError
+from sparcomm.codecs.packet import VALUES
+from sparcomm.dtypes import working_dtype
+from sparcomm.errors import ConfigError, DamagedBag, GradientError
 from sparcomm.transport import sim
 from support.sums import Damaging, integers, normals, owed, recycled, simulate, steps, with_residual
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 13)
 SWEEP = [(size, case) for size in SIZES for cls in registry().values() for case in cls.cases(size)]
-FEW = [(size, cls()) for size in (1, 2, 3, 4, 7) for cls in registry().values()]
+
+
+def usual(cls: Any, size: int) -> Algorithm:
+    """The default configuration, or the first that can run over ``size`` ranks without an environment."""
+    for case in (cls(), *cls.cases(size)):
+        with contextlib.suppress(ConfigError):
+            case.check_size(size)
+            return case
+    raise AssertionError(f"{cls.name} has no case for {size} ranks")
+
+
+FEW = [(size, usual(cls, size)) for size in (1, 2, 3, 4, 7) for cls in registry().values()]
 
 
 def name_of(value: Any) -> str:
@@ -28,6 +41,11 @@ def name_of(value: Any) -> str:
         return f"p{value}" if isinstance(value, int) else str(value).removeprefix("torch.")
     changed = [str(getattr(value, f.name)) for f in dataclasses.fields(value) if getattr(value, f.name) != f.default]
     return "-".join([value.name, *changed])
+
+
+def width_of(algorithm: Algorithm) -> str:
+    """That of the values it sends, or that the algorithm between its nodes sends."""
+    return getattr(getattr(algorithm, "outer", algorithm), "values", "float32")
 
 
 def sweep(pairs: list[tuple[int, Algorithm]]) -> pytest.MarkDecorator:
@@ -39,22 +57,54 @@ def test_sums_are_conserved_replicas_agree_and_traffic_is_cost(size: int, algori
     for n in (1, 6, 300) if size < 8 else (300,):
         gradients = [[integers(n, rank, step) for rank in range(size)] for step in range(2)]
         ranks = simulate(algorithm, gradients)
-        cost = algorithm.cost(n, torch.float32, size)
         for step in range(2):
             reduced = [done[step] for done, _, _ in ranks]
             total = reduced[0].total
+            # What a first step finds out, such as the speed of the link, is in the state that it leaves.
+            cost = algorithm.cost(n, torch.float32, size, ranks[0][0][max(step - 1, 0)].state)
             assert all(r.ok for r in reduced)
-            assert all(torch.equal(r.total, total) for r in reduced), "replicas differ"
+            assert all(same_bits(r.total, total) for r in reduced), "replicas differ"
             assert int((total != 0).sum()) <= algorithm.kept(n, size)
             booked = [t[step] for _, _, t in ranks]
             busiest = tuple(max(getattr(t, f) for t in booked) for f in cost._fields)
-            assert busiest == tuple(cost) if algorithm.static else busiest <= tuple(cost)
-            assert sum(t.bytes_sent for t in booked) == sum(t.bytes_received for t in booked)
+            sent, received = sum(t.bytes_sent for t in booked), sum(t.bytes_received for t in booked)
+            if algorithm.static:
+                assert busiest == tuple(cost)
+                assert sent == received
+            else:  # what is received is booked by its bound
+                assert all(b <= c for b, c in zip(busiest, cost, strict=True))
+                assert sent <= received
             if algorithm.conserves:
                 before = [None if step == 0 else done[step - 1].residual for done, _, _ in ranks]
                 put_in = sum(with_residual(g, r) for g, r in zip(gradients[step], before, strict=True))
                 left = sum(owed(r.residual, total) for r in reduced)
                 assert torch.equal(put_in, total + left), f"mass lost at n={n}, step {step}"
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Unlike torch.equal, for which -0.0 is 0.0."""
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+@sweep([pair for pair in SWEEP if pair[0] in (3, 4)])
+def test_a_step_that_is_repeated_comes_out_the_same(size: int, algorithm: Algorithm) -> None:
+    """As after a step that was dropped: nothing that was committed has changed."""
+    n = 300
+
+    def rank(transport: Any) -> None:
+        state, residual = algorithm.init(n, torch.float32, torch.device("cpu"), size), None
+        for step in range(4):
+            grad = normals(n, transport.rank, step)
+            bad = grad.clone()
+            bad[7] = float("nan")
+            dropped = algorithm.reduce(bad, residual, state, step, transport)
+            assert not dropped.ok
+            first, second = (algorithm.reduce(grad, residual, state, step, transport) for _ in range(2))
+            assert torch.equal(first.total, second.total)
+            assert torch.equal(owed(first.residual, grad), owed(second.residual, grad))
+            residual, state = first.residual, first.state
+
+    sim.run(size, rank)
 
 
 @sweep([pair for pair in SWEEP if pair[0] in (1, 3)])
@@ -96,7 +146,12 @@ def written_out(reduced: Reduced, n: int) -> torch.Tensor:
     return total
 
 
-@sweep([(p, c) for p, c in SWEEP if c.conserves and getattr(c, "density", 1.0) == 1.0])
+def sends_all(case: Algorithm) -> bool:
+    """Everything at density 1; the published threshold does not know that."""
+    return getattr(case, "density", 1.0) == 1.0 and "guard=False" not in getattr(case, "selector", "")
+
+
+@sweep([(p, c) for p, c in SWEEP if c.conserves and sends_all(c)])
 def test_density_one_gives_the_exact_sum(size: int, algorithm: Algorithm) -> None:
     for n in (6, 1000):
         gradients = [[integers(n, rank, 7) for rank in range(size)]]
@@ -116,7 +171,9 @@ def test_every_gradient_dtype(size: int, algorithm: Algorithm, dtype: torch.dtyp
         total = reduced[0].total
         assert total.dtype == working_dtype(dtype)
         assert all(torch.equal(r.total, total) for r in reduced)
-        assert ranks[0][2][step].bytes_sent == algorithm.cost(n, dtype, size).bytes_sent
+        cost = algorithm.cost(n, dtype, size, ranks[0][0][max(step - 1, 0)].state)
+        assert ranks[0][2][step].bytes_sent <= cost.bytes_sent
+        assert not algorithm.static or ranks[0][2][step].bytes_sent == cost.bytes_sent
         if algorithm.conserves:
             before = [None if step == 0 else done[0].residual for done, _, _ in ranks]
             put_in = sum(with_residual(g, r) for g, r in zip(gradients[step], before, strict=True))
@@ -138,7 +195,12 @@ def test_real_values_are_conserved_to_rounding(size: int, algorithm: Algorithm) 
 @sweep([(p, c) for p, c in SWEEP if p in (1, 4, 7)])
 def test_sent_positions_are_those_whose_mass_left(size: int, algorithm: Algorithm) -> None:
     gradients = [[normals(200, rank, 3) for rank in range(size)]]
-    for rank, (done, _, _) in enumerate(simulate(algorithm, gradients)):
+    ranks = simulate(algorithm, gradients)
+    left = torch.zeros(200, dtype=torch.bool)
+    for done, _, _ in ranks:
+        left[slice(None) if done[0].sent is None else done[0].sent] = True
+    assert left[ranks[0][0][0].total != 0].all(), "delivered, but sent by nobody"
+    for rank, (done, _, _) in enumerate(ranks):
         (reduced,) = done
         residual, mine = owed(reduced.residual, reduced.total), gradients[0][rank]
         if reduced.sent is None:
@@ -147,10 +209,13 @@ def test_sent_positions_are_those_whose_mass_left(size: int, algorithm: Algorith
         assert torch.equal(reduced.sent, reduced.sent.unique())
         kept_back = torch.ones(200, dtype=torch.bool)
         kept_back[reduced.sent] = False
-        rounding = 0.0 if getattr(algorithm, "values", "float32") == "float32" else 0.005 * size * mine.abs().max()
+        share = {"float32": 0.0, "int8": 0.016}.get(width_of(algorithm), 0.008)
+        rounding = share * size * mine.abs().max()
         assert (residual[reduced.sent].abs() <= rounding).all(), "sent, but still owed"
-        if size == 1:
-            assert torch.equal(residual[kept_back], mine[kept_back])
+        undelivered = kept_back & (reduced.total == 0)
+        alone = not hasattr(algorithm, "inner")  # elsewhere, others' shares are owed here, too
+        if size == 1 or (alone and width_of(algorithm) == "float32"):
+            assert torch.equal(residual[undelivered], mine[undelivered])
 
 
 @pytest.mark.parametrize(
@@ -171,7 +236,7 @@ def test_a_non_finite_value_is_known_to_all_ranks(size: int, algorithm: Algorith
         reduced = algorithm.reduce(grad, residual, state, 5, transport)
         return bool(reduced.ok and (where != "sum" or torch.isfinite(written_out(reduced, n)).all()))
 
-    narrow = getattr(algorithm, "values", "float32") == "float16" and where == "sum"
+    narrow = width_of(algorithm) == "float16" and where == "sum"
     for wants_total in (True, False):
         verdicts = sim.run(size, functools.partial(rank, wants_total=wants_total)).results
         assert verdicts == ([verdicts[0]] * size if narrow else [False] * size)
@@ -234,4 +299,4 @@ def test_gradients_that_cannot_be_reduced(size: int, algorithm: Algorithm, grad:
 def test_registry_names_are_those_of_the_classes() -> None:
     assert {"dense", "topk", "spardl"} <= set(registry())
     assert all(name == cls.name and issubclass(cls, Algorithm) for name, cls in registry().items())
-    assert set(WIRE_DTYPES) == {"float32", "bfloat16", "float16"}
+    assert set(VALUES) == {"float32", "bfloat16", "float16", "int8"}

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparcomm.algorithms.dense import Dense
+from sparcomm.algorithms.hierarchical import Hierarchical
 from sparcomm.algorithms.spardl import SparDL
 from sparcomm.algorithms.topk import TopKAllGather
 from sparcomm.bench import entries, options, overlap, world
@@ -60,7 +61,7 @@ def test_without_shared_options_an_algorithm_keeps_its_own() -> None:
         (["--algorithms", "sparcomm.algorithms.topk.TopKAllGather:colour=1"], "unknown key 'colour'"),
         (["--density", "1.5"], "must be in (0, 1]"),
         (["--density", "0"], "must be a number above 0"),
-        (["--values", "int8"], "int8"),
+        (["--values", "int4"], "values='int4': must be one of 'float32', 'bfloat16', 'float16', 'int8'"),
         (["--schedule", "direkt"], "(did you mean 'direct'?)"),
         (["--numel", "0"], "at least 1"),
         (["--numel", "1e6"], "'1e6'"),
@@ -122,3 +123,15 @@ def test_ranks_and_a_launcher_exclude_each_other(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("typed", [["--ranks", "2", "--json"], ["--ranks=2", "--json"], ["--json"]])
 def test_a_rank_is_not_told_to_start_ranks(typed: list[str]) -> None:
     assert without_ranks(typed) == ["--json"]
+
+
+def test_algorithms_within_algorithms() -> None:
+    typed = "hierarchical:local_size=2:outer=spardl(density=0.05, schedule='direct')"
+    assert entries.split(f"dense, {typed},topk") == ["dense", typed, "topk"]
+    made = entries.parse(typed, 0.01, "bfloat16", None).algorithm
+    assert made == Hierarchical(outer=SparDL(density=0.05, schedule="direct"), local_size=2), "as it was typed"
+    made = entries.parse("hierarchical:local_size=2", 0.03, "bfloat16", "direct").algorithm
+    assert made == Hierarchical(outer=SparDL(density=0.03, values="bfloat16", schedule="direct"), local_size=2)
+    for bad, says in (("outer=spardl(density=0.05", "no algorithm"), ("outer=spardl(densty=1)", "did you mean")):
+        with pytest.raises(ConfigError, match=says):
+            entries.parse(f"hierarchical:{bad}", 0.01, None, None)

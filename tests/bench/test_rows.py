@@ -51,11 +51,16 @@ def test_energy_captured() -> None:
 
 def test_a_row_is_the_slowest_rank_and_the_busiest() -> None:
     first = Sample([1.0, 2.0, 9.0], [0.1, 0.1, 0.5], 100, 4, 4, 7, 0.5, [4, 4, 120])
-    second = Sample([2.0, 1.0, 3.0], [0.2, 0.3, 0.4], 120, 4, 4, 7, None, [4, 4, 120], 130.0)
+    second = Sample([2.0, 1.0, 3.0], [0.2, 0.3, 0.4], 120, 4, 4, 7, None, [4, 4, 120], link_bytes=130.0)
     row = combine("x", 50, [asdict(first), asdict(second)])
     assert (row.seconds, row.cpu_seconds) == (2.0, 0.3)
+    assert not row.bound
     assert (row.bytes_sent, row.kept, row.energy, row.exact_cost, row.link_bytes) == (120, 7, 0.5, True, 130.0)
     second.cost = [4, 4, 121]
+    assert combine("x", 50, [asdict(first), asdict(second)]).exact_cost is False
+    second.bound = True  # sent less than a bound
+    assert combine("x", 50, [asdict(first), asdict(second)]).exact_cost is True
+    second.cost = [4, 4, 119]
     assert combine("x", 50, [asdict(first), asdict(second)]).exact_cost is False
 
 

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 import sparcomm
-from sparcomm import CheckpointError, Dense, HookState, SparDL
+from sparcomm import CheckpointError, Dense, Hierarchical, HookState, SparDL, TopKAllGather
 from sparcomm.algorithms import Algorithm
 from sparcomm.ddp import checkpoint
 from sparcomm.ddp.checkpoint import Entry, StateDict
@@ -62,6 +62,8 @@ def trained(
 
 
 PLAIN = SparDL(density=0.05)
+NODES = Hierarchical(outer=PLAIN, local_size=2)
+NESTED = Hierarchical(Halves(), SparDL(density=0.1), groups=((0, 3), (2, 1)))
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,11 @@ PLAIN = SparDL(density=0.05)
         (PLAIN, 5, "torch", {"storage": "bfloat16"}),
         (PLAIN, 2, "dcp", {"storage": "bfloat16", "memory": sparcomm.MomentumCorrection(0.9)}),
         (PLAIN, 5, "torch", {"memory": sparcomm.MomentumCorrection(0.9, nesterov=True), "skip": "biases"}),
+        (NODES, 2, "dcp", {"memory": sparcomm.MomentumCorrection(0.9)}),
+        (NESTED, 3, "torch", {}),
+        (SparDL(density=0.1, teams=4, sag="b-sag", values="int8"), 5, "torch", {}),
+        (SparDL(density=0.1, teams="auto", values="int8", rounding="stochastic"), 3, "dcp", {}),
+        (TopKAllGather(density=0.05, selector="gaussiank(reestimate_every=4)", indices="rice"), 6, "dcp", {}),
     ],
 )
 def test_a_resumed_run_is_bit_identical(
@@ -88,6 +95,9 @@ def test_a_resumed_run_is_bit_identical(
         narrow = options.get("storage") == "bfloat16"
         assert {t.dtype for t in state["residuals"].values()} == {torch.bfloat16 if narrow else torch.float32}
         assert bool(state["velocity"]) == ("memory" in options)
+        if algorithm == NESTED:  # what an algorithm within an algorithm remembers
+            assert state["per_element"].keys() == {"inner.seen"}
+            assert {int(fields["inner.count"]) for fields in state["shared"].values()} == {8}
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -164,6 +174,18 @@ def test_what_is_owed_survives_another_world_size(
             torch.testing.assert_close(before, after, rtol=0, atol=1e-4)
         else:
             assert torch.equal(before, after), i
+
+
+@pytest.mark.parametrize("new", [2, 4])
+def test_what_nodes_owe_survives_another_number_of_them(new: int) -> None:
+    saved = pool(4).run(owing, NODES, 4, {})
+    results = pool(new).run(go_on, NODES, saved, 2, {})
+    parts = [only(sd) for sd in saved]
+    for i in range(len(SIZES)):
+        held = sum(owed(part, i) for part in parts)
+        assert torch.equal(sum((owed(first, i) for first, *_ in results), sums()[i]), held)
+        after = new * results[0][2][i] + sum(owed(last, i) for *_, last in results)
+        assert torch.equal(held + sum(fed[i] for _, fed, _, _ in results), after), i
 
 
 @pytest.mark.parametrize(("old", "new"), [(4, 3), (2, 4)])

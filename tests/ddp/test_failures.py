@@ -211,9 +211,9 @@ def test_a_rank_that_stands_still_is_an_error_within_the_timeout_even_if_it_host
     assert seconds < 12  # 2 of the wait, 5 of the store, and some for a busy machine
 
 
-def killed(rank: int, size: int) -> tuple[str, float]:
+def killed(rank: int, size: int, algorithm: Algorithm) -> tuple[str, float]:
     ddp = wrap(Fed())
-    state = sparcomm.attach(ddp, SparDL(density=0.1), timeout=TIMEOUT)
+    state = sparcomm.attach(ddp, algorithm, timeout=TIMEOUT)
     for step in range(2):
         gradient_step(ddp, integers(SIZES, rank, step))
     if rank == 1:
@@ -229,10 +229,12 @@ def killed(rank: int, size: int) -> tuple[str, float]:
 
 
 @pytest.mark.slow
-def test_a_killed_rank_is_an_error_on_all_others() -> None:
-    results = spawn(3, killed)
+@pytest.mark.parametrize(("size", "algorithm"), [(3, SparDL(density=0.1)), (4, SparDL(density=0.1, teams=2))])
+def test_a_killed_rank_is_an_error_on_all_others(size: int, algorithm: Algorithm) -> None:
+    """Also on those of another team, which never exchange anything with it."""
+    results = spawn(size, killed, algorithm)
     assert isinstance(results[1], Died)
-    for text, seconds in (results[0], results[2]):
+    for text, seconds in (r for rank, r in enumerate(results) if rank != 1):
         assert "step 2, unit" in text
         assert seconds < 10
 

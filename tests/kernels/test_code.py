@@ -12,23 +12,12 @@ from hypothesis import strategies as st
 from sparcomm import wire
 from sparcomm.dtypes import WIRE_DTYPES
 from sparcomm.errors import SparcommError
+from support.codes import CODES, arbitrary_codes, check_any_words, decode, encode
 from support.kernels import IMPLEMENTATIONS, KINDS, WORKING, data, increasing, same
 
-CODES = {"elias_fano": wire.elias_fano_words, "bitmap": lambda k, m: wire.bitmap_words(m)}
 LENGTHS = [
     (k, m) for m in (0, 1, 31, 32, 33, 1000, 5000) for k in sorted({0, 1, 31, 32, 33, m // 100, m // 2, m}) if k <= m
 ]
-
-
-def encode(kernels: Any, code: str, index: torch.Tensor, m: int) -> torch.Tensor:
-    out = torch.full((CODES[code](index.numel(), m),), -1, dtype=torch.int32)
-    getattr(kernels, f"{code}_encode")(index, m, out)
-    return out
-
-
-def decode(kernels: Any, code: str, words: torch.Tensor, k: int, m: int) -> tuple[torch.Tensor, int]:
-    flags = torch.zeros(1, dtype=torch.uint8)
-    return getattr(kernels, f"{code}_decode")(words, k, m, flags), int(flags.item())
 
 
 def elias_fano_by_hand(index: list[int], m: int) -> list[int]:
@@ -45,7 +34,9 @@ def elias_fano_by_hand(index: list[int], m: int) -> list[int]:
     return words
 
 
-@pytest.mark.parametrize(("k", "m"), [*LENGTHS, (1, 1 << 33), (7, 1 << 33), (300, (1 << 33) + 5), (3, 1 << 45)])
+@pytest.mark.parametrize(
+    ("k", "m"), [*LENGTHS, (1, 1 << 33), (7, 1 << 33), (300, (1 << 33) + 5), (3, 1 << 45), (40, 1 << 43)]
+)
 def test_elias_fano_is_bit_for_bit_the_documented_code(kernels: Any, k: int, m: int) -> None:
     picks = [increasing(k, m), torch.arange(k), torch.arange(m - k, m)]
     for index in picks:
@@ -69,40 +60,19 @@ def test_bitmap_is_bit_for_bit_the_documented_code(kernels: Any, k: int, m: int)
     assert flags == 0
 
 
-def check_any_words(kernels: Any, code: str, words: torch.Tensor, k: int, m: int) -> None:
-    """What a decoder owes on any bits: indices in bounds and sorted, and silence only about a true code."""
-    before = words.clone()
-    index, flags = decode(kernels, code, words, k, m)
-    assert torch.equal(words, before)
-    assert index.shape == (k,)
-    assert index.dtype == torch.int64
-    values = index.tolist()
-    assert values == sorted(values)
-    assert all(0 <= i < m for i in values)
-    if flags:
-        assert flags == wire.DAMAGED
-    else:
-        assert torch.equal(encode(kernels, code, index, m), words)
+@given(case=arbitrary_codes(tuple(CODES)))
+@settings(max_examples=300)
+def test_decoders_survive_any_words(case: tuple[str, torch.Tensor, int, int]) -> None:
+    check_any_words(*case)
 
 
-@st.composite
-def arbitrary_words(draw: st.DrawFn) -> tuple[str, torch.Tensor, int, int]:
-    code = draw(st.sampled_from(sorted(CODES)))
-    limit = 1 << 50 if code == "elias_fano" else 2000
-    m = draw(st.one_of(st.integers(1, 300), st.integers(1, limit)))
-    k = draw(st.integers(0, min(m, 40)))
-    size = CODES[code](k, m)
-    word = st.one_of(st.integers(-(1 << 31), (1 << 31) - 1), st.sampled_from([0, -1, 1, -(1 << 31)]))
-    words = draw(st.lists(word, min_size=size, max_size=size))
-    return code, torch.tensor(words, dtype=torch.int32), k, m
-
-
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@given(case=arbitrary_words())
-@settings(deadline=None, max_examples=300)
-def test_decoders_survive_any_words(name: str, case: tuple[str, torch.Tensor, int, int]) -> None:
-    code, words, k, m = case
-    check_any_words(IMPLEMENTATIONS[name], code, words, k, m)
+def test_low_bits_that_lead_beyond_the_last_position_are_damage() -> None:
+    for m in (100, 999, (1 << 43) - 100):
+        words = encode(IMPLEMENTATIONS["cpu"], "elias_fano", torch.tensor([m - 1]), m)
+        words[: wire.words(wire.low_bits(1, m))] = -1
+        unused = 32 * wire.words(wire.low_bits(1, m)) - wire.low_bits(1, m)
+        words[wire.words(wire.low_bits(1, m)) - 1] = (1 << (32 - unused)) - 1
+        assert check_any_words("elias_fano", words, 1, m) == wire.DAMAGED
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -113,7 +83,7 @@ def test_every_single_flipped_bit_is_noticed_or_is_another_code(kernels: Any, co
     for bit in range(32 * words.numel()):
         flipped = words.clone()
         flipped[bit // 32] ^= torch.tensor(1 << bit % 32).to(torch.int32)
-        check_any_words(kernels, code, flipped, k, m)
+        check_any_words(code, flipped, k, m)
         noticed += decode(kernels, code, flipped, k, m)[1]
     assert noticed  # a bitmap with one more or one less bit always is
 

@@ -22,7 +22,7 @@ import sparcomm
 from sparcomm import wire
 from sparcomm.errors import SparcommError
 from sparcomm.kernels import Kernels, cpu, kernels_for, reference
-from sparcomm.kernels.cpu import _code, _compensate, _count, _jit, _round, _select, _sparse, warm
+from sparcomm.kernels.cpu import _code, _compensate, _count, _jit, _quantize, _rice, _round, _select, _sparse, warm
 from sparcomm.layout import contiguous, dealt, whole
 from sparcomm.sparse import Sparse
 from support.kernels import GRADIENTS, data, increasing, same
@@ -39,7 +39,9 @@ def test_signatures_are_those_of_the_interface(kernels: Any, name: str) -> None:
 
 def test_implementations_offer_nothing_beyond_the_interface(kernels: Any) -> None:
     offered = inspect.getmembers(kernels, inspect.isfunction)
-    assert sorted(n for n, f in offered if f.__module__ == kernels.__name__ and not n.startswith("_")) == NAMES
+    modules = {n: f.__module__ for n, f in offered if not n.startswith("_")}
+    ours = [n for n, m in modules.items() if m.startswith("sparcomm.kernels") and m != "sparcomm.kernels.checks"]
+    assert sorted(ours) == NAMES
 
 
 def test_the_device_decides() -> None:
@@ -71,7 +73,12 @@ def everything(k: Any, dtype: torch.dtype) -> list[torch.Tensor]:
     decoded = k.narrow(value, message)
     k.deduct(work, 1, decoded)
     k.settle(work, 1, index[:50])
+    k.merge(work, 1, index[:20], value[:20])
     other = k.gather(out, index, layout, 0)
+    survey = k.survey(out, layout, 100, flags, torch.tensor([0.5, -1], dtype=working))
+    counts = torch.tensor([k.count_above(survey, b, t) for b in range(2) for t in (0.1, 1.0)])
+    exceeding = [t for b in range(2) for t in k.above(survey, b, 1.0, 700)]
+    places = [k.top(index, value, 30), k.sample(grad, residual, 64), k.sample(grad, None, 4096)]
     k.subtract(out, index, decoded, layout, 0)
     k.add(out, index + 1, value, layout, 0, flags)
     k.scatter(out, index[:9], value[:9], layout, 0)
@@ -81,8 +88,14 @@ def everything(k: Any, dtype: torch.dtype) -> list[torch.Tensor]:
     k.elias_fano_encode(index, 1500, words)
     bitmap = torch.empty(wire.bitmap_words(1500), dtype=torch.int32)
     k.bitmap_encode(index, 1500, bitmap)
+    short = torch.zeros(wire.rice_words(100, 1500), dtype=torch.int32)
+    used = k.rice_encode(index, 1500, short)
+    scale, code = torch.empty(wire.scales(100), dtype=torch.uint8), torch.empty(100, dtype=torch.int8)
+    whole = [k.quantize(value, scale, code, None), k.quantize(value, scale, code, 5)]
+    whole += [scale, code, k.dequantize(scale, code, working, flags)]
     both = k.merge_sum(sparse, Sparse(index + 1, value, layout.length))
     lists = [k.elias_fano_decode(words, 100, 1500, flags), k.bitmap_decode(bitmap, 100, 1500, flags)]
+    lists += [short, k.rice_decode(short[:used], 100, 1500, flags), *whole]
     rounded = torch.empty(n, dtype=torch.bfloat16)
     k.round_stochastic(out.to(torch.float32), rounded, 7)
     checks = [k.checksum(words), k.widen(message, working), rounded]
@@ -98,6 +111,9 @@ def everything(k: Any, dtype: torch.dtype) -> list[torch.Tensor]:
         bitmap,
         both.index,
         both.value,
+        counts,
+        *exceeding,
+        *places,
         *lists,
         *checks,
     ]
@@ -138,6 +154,10 @@ def test_the_reference_never_waits_for_a_device() -> None:
     decoded = k.narrow(value, meta(20, dtype=torch.bfloat16))
     k.deduct(work, 1, decoded)
     k.settle(work, 1, index)
+    k.merge(work, 1, index, value)
+    k.above(k.survey(x, layout, 20, flags), 0, 1.0, 20)
+    k.sample(x, None, 64)
+    k.top(index, value, 5)
     k.subtract(x, index, k.gather(x, index, layout, 1), layout, 1)
     k.add(x, index, value, layout, 1, flags)
     k.scatter(x, index, value, layout, 1)
@@ -149,6 +169,10 @@ def test_the_reference_never_waits_for_a_device() -> None:
     k.bitmap_encode(index, n, words)
     assert k.bitmap_decode(words, 20, n, flags).shape == (20,)
     assert k.checksum(words).device.type == "meta"
+    scale, code = meta(1, dtype=torch.uint8), meta(20, dtype=torch.int8)
+    for seed in (None, 3):
+        assert k.quantize(value, scale, code, seed).shape == (20,)
+    assert k.dequantize(scale, code, torch.float32, flags).shape == (20,)
     k.round_stochastic(x, meta(n, dtype=torch.bfloat16), 7)
 
 
@@ -201,6 +225,10 @@ def test_results_lie_on_the_cpu_whatever_the_default_device_is() -> None:
         works = [cpu.compensate(x, None, out, layout, 5, flags) for _ in range(2)]
         results = [*cpu.select(works[0], 0, 100), *cpu.select(works[1], 0, 5)]
         results += [cpu.elias_fano_decode(words, 3, 100, flags), cpu.bitmap_decode(bitmap, 3, 100, flags)]
+        rice = torch.zeros(wire.rice_words(3, 100), dtype=torch.int32, device="cpu")
+        scale, code = x.new_zeros(1, dtype=torch.uint8), x.new_zeros(3, dtype=torch.int8)
+        results += [cpu.rice_decode(rice, 3, 100, flags), cpu.rice_decode(rice, 3, 3, flags)]
+        results += [cpu.quantize(x[:3], scale, code, None), cpu.dequantize(scale, code, x.dtype, flags)]
         results += [cpu.gather(x, results[0], layout, 0), cpu.checksum(x.view(torch.int32))]
     assert {r.device.type for r in results} == {"cpu"}
 
@@ -243,7 +271,8 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path: Path, monkey
 
 def compiled() -> dict[str, int]:
     """Compiled variants per kernel."""
-    functions = [f for module in (_code, _compensate, _count, _round, _select, _sparse) for f in vars(module).values()]
+    modules = (_code, _compensate, _count, _quantize, _rice, _round, _select, _sparse)
+    functions = [f for module in modules for f in vars(module).values()]
     return {f.__name__: len(f.signatures) for f in functions if hasattr(f, "signatures")}
 
 

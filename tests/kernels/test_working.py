@@ -127,7 +127,9 @@ def test_what_was_large_may_be_cancelled_by_what_arrives(kernels: Any, n: int, s
 
 @st.composite
 def bits_of_a_step(draw: st.DrawFn) -> tuple[list[int], int, int, list[tuple[list[int], int]]]:
-    bits = draw(st.lists(st.integers(-(1 << 31), (1 << 31) - 1), max_size=150))
+    # A signalling NaN is left out: any addition makes it a quiet one, of another magnitude.
+    word = st.integers(-(1 << 31), (1 << 31) - 1).filter(lambda w: not 0x7F800001 <= w & 0x7FFFFFFF <= 0x7FBFFFFF)
+    bits = draw(st.lists(word, max_size=150))
     blocks, hint = draw(st.integers(1, 5)), draw(st.integers(0, 40))
     arriving = st.tuples(st.lists(st.integers(0, 200), unique=True, max_size=30), st.integers(0, 4))
     return bits, blocks, hint, draw(st.lists(arriving, max_size=4))
@@ -194,7 +196,7 @@ def test_misuse_of_a_step_is_an_error(kernels: Any) -> None:
         kernels.deduct(work, 0, torch.ones(4))
     with pytest.raises(SparcommError, match="block 0 has been selected from"):
         kernels.select(work, 0, 5)
-    with pytest.raises(SparcommError, match="block 0 has been selected from"):
+    with pytest.raises(SparcommError, match="block 0 has been selected from, but nothing deducted"):
         kernels.merge(work, 0, torch.arange(2), torch.ones(2))
     other = next(k for k in IMPLEMENTATIONS.values() if k is not kernels)
     with pytest.raises(SparcommError, match="was not made by"):

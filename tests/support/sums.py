@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparcomm import wire
 from sparcomm.algorithms import Algorithm, Reduced, State
 from sparcomm.dtypes import working_dtype
 from sparcomm.transport import sim
@@ -73,7 +74,7 @@ def recycled(algorithm: Algorithm, gradients: list[list[Tensor]]) -> list[list[R
             for t in (reduced.total, residual):
                 if t is not None:
                     state.workspace.give(t.fill_(float("nan")))
-            residual = reduced.residual
+            residual, state = reduced.residual, reduced.state
         assert len(buffers) <= 3, "a total and two residuals are enough"
         return done
 
@@ -98,15 +99,28 @@ def owed(residual: Tensor | None, like: Tensor) -> Tensor:
 class Damaging:
     """A transport that flips one bit of what arrives in its ``at``-th call; everything else is passed on."""
 
-    def __init__(self, transport: Transport, at: int, seed: int) -> None:
+    def __init__(self, transport: Transport, at: int, seed: int, parent: Damaging | None = None) -> None:
         self._transport, self._left, self._random = transport, at, random.Random(seed)
+        self._parent = parent
         self.hit = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
-    def _count(self, call: Callable[[], None], arrived: Tensor | None) -> None:
+    def split(self, color: int, key: int) -> Damaging:
+        """Its calls count as this one's."""
+        return Damaging(self._transport.split(color, key), 0, 0, self)
+
+    def _count(self, call: Callable[[], None], arrived: Tensor | None, capacity: bool = False) -> None:
         call()
+        if capacity and arrived is not None:  # only a bag has arrived, not the room behind it
+            arrived = arrived[: wire.HEADER_WORDS + int(arrived[2])]
+        self._arrive(arrived)
+
+    def _arrive(self, arrived: Tensor | None) -> None:
+        if self._parent is not None:
+            self._parent._arrive(arrived)
+            return
         self._left -= 1
         if self._left == -1 and arrived is not None and arrived.numel():
             raw = arrived.view(-1).view(torch.uint8)
@@ -116,7 +130,7 @@ class Damaging:
     def exchange(
         self, send: Tensor | None, to: int, recv: Tensor | None, source: int, *, capacity: bool = False
     ) -> None:
-        self._count(lambda: self._transport.exchange(send, to, recv, source, capacity=capacity), recv)
+        self._count(lambda: self._transport.exchange(send, to, recv, source, capacity=capacity), recv, capacity)
 
     def all_to_all(self, out: Tensor, x: Tensor) -> None:
         other = (self._transport.rank + 1) % self._transport.size

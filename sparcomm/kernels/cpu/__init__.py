@@ -1,11 +1,12 @@
 """The kernels on CPUs, compiled by Numba: tensors in, NumPy views inside, nothing copied.
 
 ``sparcomm/kernels/interface.py`` holds the contracts. Loops are serial and release the GIL; call them from as many
-threads as there are ranks in the process.
+threads as there are ranks in the process. Passes over large vectors are cut into one part per thread of torch's.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -15,15 +16,18 @@ import torch
 from torch import Tensor
 
 from sparcomm import wire
+from sparcomm.dtypes import working_dtype
 from sparcomm.errors import SparcommError
-from sparcomm.kernels.cpu import _code, _round, _sparse
-from sparcomm.kernels.cpu.working import SIGNED, Lists, streams
+from sparcomm.kernels.checks import check_code, check_rice, check_rounding, check_scales
+from sparcomm.kernels.cpu import _code, _compensate, _parts, _quantize, _rice, _round, _select, _sparse, working
+from sparcomm.kernels.cpu.working import CHANGED, SIGNED, Lists
 from sparcomm.kernels.interface import Working
 from sparcomm.layout import Layout
 from sparcomm.sparse import Sparse
 
 _VIEWS = {torch.bfloat16: np.uint16, torch.float16: np.int16}
 _WIDTHS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+ONE = np.zeros((1, 1), np.int64)  # the slots of a vector that is one block
 _NARROW = {
     torch.float32: _code.narrow_float32,
     torch.bfloat16: _code.narrow_bfloat16,
@@ -31,22 +35,48 @@ _NARROW = {
 }
 
 
-def compensate(grad: Tensor, residual: Tensor | None, out: Tensor, layout: Layout, k: int, flags: Tensor) -> Working:
+def compensate(
+    grad: Tensor,
+    residual: Tensor | None,
+    out: Tensor,
+    layout: Layout,
+    k: int,
+    flags: Tensor,
+    floor: Tensor | None = None,
+) -> Working:
     """Writes grad + residual, and lists what is likely to be selected."""
     _check_length(layout, grad, residual, out)
-    x = _array(out)
-    floor = np.empty(layout.blocks, SIGNED[x.dtype])
-    work = Lists(out, layout, x, _array(flags), layout.slot.numpy(), floor)
+    work = _work(out, layout, flags, floor, writable=True)
     work.fill(_array(grad), None if residual is None else _array(residual), layout.owner.numpy(), k)
+    return work
+
+
+def survey(x: Tensor, layout: Layout, k: int, flags: Tensor, floor: Tensor | None = None) -> Working:
+    """Lists what is likely to be selected."""
+    _check_length(layout, x)
+    work = _work(x, layout, flags, floor, writable=False)
+    work.fill(work.x, None, layout.owner.numpy(), k)
     return work
 
 
 def select(work: Working, block: int, k: int) -> tuple[Tensor, Tensor]:
     """Positions and sums of the k largest magnitudes."""
     lists = _lists(work, block)
-    if not 0 <= k <= work.layout.length:
-        raise SparcommError(f"select: k={k} must be in [0, {work.layout.length}], the length of a block")
+    _check_k("select", k, work.layout.length)
     index, value = lists.select(block, k)
+    return torch.from_numpy(index), torch.from_numpy(value)
+
+
+def count_above(work: Working, block: int, threshold: float) -> int:
+    """How many magnitudes exceed the threshold."""
+    return _lists(work, block).count_above(block, threshold)
+
+
+def above(work: Working, block: int, threshold: float, k: int) -> tuple[Tensor, Tensor]:
+    """The first k above the threshold, then the first others."""
+    lists = _lists(work, block)
+    _check_k("above", k, work.layout.length)
+    index, value = lists.above(block, threshold, k)
     return torch.from_numpy(index), torch.from_numpy(value)
 
 
@@ -64,6 +94,30 @@ def deduct(work: Working, block: int, value: Tensor) -> None:
 def settle(work: Working, block: int, index: Tensor) -> None:
     """Writes sums to out."""
     _lists(work, block).settle(block, _array(index))
+
+
+def top(index: Tensor, value: Tensor, k: int) -> Tensor:
+    """Places of the k largest magnitudes."""
+    _check_pair(index, value)
+    _check_k("top", k, value.numel())
+    out = np.empty(k, np.int64)
+    if not _select.top_places(_bits(value), out):
+        raise SparcommError(CHANGED)
+    return torch.from_numpy(out)
+
+
+def sample(grad: Tensor, residual: Tensor | None, count: int) -> Tensor:
+    """One element of each share."""
+    n, x = grad.numel(), grad if residual is None else residual
+    if count < 1 or count & (count - 1) or grad.dim() != 1 or x.shape != grad.shape:
+        shapes = " and ".join(str(tuple(t.shape)) for t in (grad, residual) if t is not None)
+        raise SparcommError(f"count={count} of {shapes}: must be a power of two, of flat vectors of one shape")
+    if n <= count:
+        widened = grad.to(working_dtype(grad.dtype), copy=True)
+        return widened if residual is None else widened.add_(residual)
+    out = torch.empty(count, dtype=working_dtype(grad.dtype), device="cpu")
+    _compensate.sample(_array(grad), None if residual is None else _array(residual), ONE, 0, n, n, _array(out))
+    return out
 
 
 def gather(x: Tensor, index: Tensor, layout: Layout, block: int) -> Tensor:
@@ -98,13 +152,13 @@ def expand(out: Tensor, index: Sequence[Tensor], value: Sequence[Tensor], layout
         raise SparcommError(f"{len(index)} and {len(value)} lists for {layout.blocks} blocks")
     for i, v in zip(index, value, strict=True):
         _check_pair(i, v)
-    first = np.array([0, *itertools.accumulate(i.numel() for i in index)])
+    bounds = np.array([0, *itertools.accumulate(i.numel() for i in index)])
     joined = [t[0] if len(t) == 1 else torch.cat(list(t)) for t in (index, value)]
-    target = _bits(out)
-    streaming = streams(target, layout.owner.numel(), layout.tile)
-    _sparse.expand(
-        target, _array(joined[0]), _bits(joined[1].to(out.dtype)), first, layout.owner.numpy(), layout.tile, streaming
-    )
+    target, owner = _bits(out), layout.owner.numpy()
+    lists = _array(joined[0]), _bits(joined[1].to(out.dtype)), bounds, owner, layout.tile
+    streaming = working.streams(target, owner.size, layout.tile)
+    parts = _parts.cut(layout.numel, layout.tile)
+    _parts.run([functools.partial(_sparse.expand, target, *lists, *part, streaming) for part in parts])
 
 
 def merge_sum(a: Sparse, b: Sparse) -> Sparse:
@@ -121,14 +175,14 @@ def merge_sum(a: Sparse, b: Sparse) -> Sparse:
 def elias_fano_encode(index: Tensor, m: int, out: Tensor) -> None:
     """Low bits verbatim, then a unary bitmap of the high parts."""
     k = index.numel()
-    _check_code(out, k, m, wire.elias_fano_words(k, m))
+    check_code(out, k, m, wire.elias_fano_words(k, m))
     if not _code.elias_fano_encode(_array(index), m, wire.low_bits(k, m), _words(out)):
         raise _disorder(m)
 
 
 def elias_fano_decode(words: Tensor, k: int, m: int, flags: Tensor) -> Tensor:
     """The inverse of elias_fano_encode, on any bits."""
-    _check_code(words, k, m, wire.elias_fano_words(k, m))
+    check_code(words, k, m, wire.elias_fano_words(k, m))
     out = torch.empty(k, dtype=torch.int64, device="cpu")
     _code.elias_fano_decode(_words(words), k, m, wire.low_bits(k, m), _array(out), _array(flags))
     return out
@@ -136,16 +190,59 @@ def elias_fano_decode(words: Tensor, k: int, m: int, flags: Tensor) -> Tensor:
 
 def bitmap_encode(index: Tensor, m: int, out: Tensor) -> None:
     """Bit i % 32 of word i // 32."""
-    _check_code(out, index.numel(), m, wire.bitmap_words(m))
+    check_code(out, index.numel(), m, wire.bitmap_words(m))
     if not _code.bitmap_encode(_array(index), m, _words(out)):
         raise _disorder(m)
 
 
 def bitmap_decode(words: Tensor, k: int, m: int, flags: Tensor) -> Tensor:
     """The inverse of bitmap_encode, on any bits."""
-    _check_code(words, k, m, wire.bitmap_words(m))
+    check_code(words, k, m, wire.bitmap_words(m))
     out = torch.empty(k, dtype=torch.int64, device="cpu")
     _code.bitmap_decode(_words(words), m, _array(out), _array(flags))
+    return out
+
+
+def rice_encode(index: Tensor, m: int, out: Tensor) -> int:
+    """Low bits of the gaps, then their unary parts."""
+    k = index.numel()
+    check_rice(k, m, out)
+    if k in (0, m):
+        if not _code.increasing(_array(index), m):
+            raise _disorder(m)
+        return 0
+    used = _rice.encode(_array(index), m, wire.low_bits(k, m), _words(out))
+    if used < 0:
+        raise _disorder(m)
+    return used
+
+
+def rice_decode(words: Tensor, k: int, m: int, flags: Tensor) -> Tensor:
+    """The inverse of rice_encode, on any number of any bits."""
+    check_rice(k, m)
+    if k not in (0, m):
+        out = torch.empty(k, dtype=torch.int64, device="cpu")
+        _rice.decode(_words(words), m, _array(out), _array(flags))
+        return out
+    if words.numel():
+        flags |= wire.DAMAGED
+    return torch.arange(k, device="cpu")
+
+
+def quantize(value: Tensor, scale: Tensor, code: Tensor, seed: int | None) -> Tensor:
+    """Codes of 8 bits in units of a power of two per group; returns what a receiver reads."""
+    check_scales(scale, code, value)
+    decoded = torch.empty_like(value)
+    word = np.uint32((seed or 0) & 0xFFFFFFFF)
+    _quantize.quantize(_array(value), _array(scale), _array(code), seed is not None, word, _array(decoded))
+    return decoded
+
+
+def dequantize(scale: Tensor, code: Tensor, dtype: torch.dtype, flags: Tensor) -> Tensor:
+    """The inverse of quantize, on any bytes."""
+    check_scales(scale, code)
+    out = torch.empty(code.numel(), dtype=dtype, device="cpu")
+    _quantize.dequantize(_array(scale), _array(code), _array(out), _array(flags))
     return out
 
 
@@ -164,7 +261,7 @@ def widen(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def round_stochastic(x: Tensor, out: Tensor, seed: int) -> None:
     """Adds 16 random bits below those that bfloat16 keeps, then cuts."""
-    _check_rounding(x, out)
+    check_rounding(x, out)
     _round.round_stochastic(_array(x).view(np.uint32), _array(out), np.uint32(seed & 0xFFFFFFFF))
 
 
@@ -190,6 +287,23 @@ def _bits(tensor: Tensor) -> Any:
 
 def _words(tensor: Tensor) -> Any:
     return tensor.numpy().view(np.uint32)
+
+
+def _work(out: Tensor, layout: Layout, flags: Tensor, floor: Tensor | None, *, writable: bool) -> Lists:
+    """Sums whose lists are still to be filled."""
+    if out.dtype not in (torch.float32, torch.float64):
+        raise SparcommError(f"sums in {out.dtype}: must be float32 or float64")
+    x = _array(out)
+    bits = x.view(SIGNED[x.dtype])
+    if floor is None:
+        floors = np.full(layout.blocks, -1, bits.dtype)
+    elif floor.dtype != out.dtype or floor.shape != (layout.blocks,):
+        raise SparcommError(
+            f"floor is {floor.dtype}{list(floor.shape)}: must be {out.dtype}[{layout.blocks}], one magnitude a block"
+        )
+    else:
+        floors = _array(floor).copy().view(bits.dtype)
+    return Lists(out, layout, x, _array(flags), layout.slot.numpy(), floors, writable, bits)
 
 
 def _lists(work: Working, block: int) -> Lists:
@@ -222,24 +336,14 @@ def _check_block(layout: Layout, block: int) -> None:
         raise SparcommError(f"block={block} must be in [0, {layout.blocks})")
 
 
+def _check_k(what: str, k: int, length: int) -> None:
+    if not 0 <= k <= length:
+        raise SparcommError(f"{what}: k={k} must be in [0, {length}], as many as there are")
+
+
 def _check_pair(index: Tensor, value: Tensor) -> None:
     if index.shape != value.shape:
         raise SparcommError(f"shapes {tuple(index.shape)} and {tuple(value.shape)} must be equal")
-
-
-def _check_rounding(x: Tensor, out: Tensor) -> None:
-    if x.dtype != torch.float32 or out.dtype != torch.bfloat16 or x.shape != out.shape:
-        raise SparcommError(
-            f"stochastic rounding of {x.dtype}{list(x.shape)} to {out.dtype}{list(out.shape)}: "
-            "must be float32 to bfloat16, of one shape"
-        )
-
-
-def _check_code(words: Tensor, k: int, m: int, expected: int) -> None:
-    if words.numel() != expected or not 0 <= k <= m:
-        raise SparcommError(
-            f"code of k={k} indices below m={m} in {words.numel()} words: needs 0 <= k <= m and {expected} words"
-        )
 
 
 def _disorder(m: int) -> SparcommError:

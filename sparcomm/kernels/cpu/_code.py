@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sparcomm import wire
-from sparcomm.kernels.cpu._jit import bits_of, float_of, jit, trailing_zeros, widen
+from sparcomm.kernels.cpu._jit import bits_of, float_of, jit, load64, trailing_zeros, widen
 
 DAMAGED = wire.DAMAGED
 
@@ -19,35 +19,53 @@ W = np.uint32
 
 
 @jit
-def elias_fano_encode(index: Any, m: int, low: int, out: Any) -> bool:
-    """Writes low parts, then the unary bitmap. False (out is then undefined) unless index increases below m."""
-    k = index.size
-    out[:] = 0
-    high = (k * low + 31) // 32
-    pending, filled, at = U(0), 0, 0
-    previous = np.int64(-1)
-    for i in range(k):
-        if index[i] <= previous or index[i] >= m:
-            return False
-        previous = index[i]
-        one = (previous >> low) + i
-        out[high + (one >> 5)] |= W(1) << W(one & 31)
-        # A field of more than 32 bits is written in two parts, so that 64 bits always hold what is pending.
-        left, rest = low, U(previous)
-        while left > 0:
-            width = min(left, 32)
-            pending |= (rest & ((U(1) << U(width)) - U(1))) << U(filled)
-            filled += width
+def increasing(index: Any, m: int) -> bool:
+    """Whether ``index`` is strictly increasing, from 0 to below m."""
+    good = index.size == 0 or (index[0] >= 0 and index[-1] < m)
+    for i in range(1, index.size):
+        good &= index[i] > index[i - 1]
+    return good
+
+
+@jit
+def mark(out: Any, bit: int) -> None:
+    """Sets a bit."""
+    out[bit >> 5] |= W(1) << W(bit & 31)
+
+
+@jit
+def pack(values: Any, low: int, out: Any, start: int) -> None:
+    """Writes the ``low`` lowest bits of each value, one after the other, from bit ``start`` (below 32) on.
+
+    What lies below ``start`` stays; the rest of the last word becomes zero.
+    """
+    pending, filled, at = U(out[0]) if start else U(0), start, 0
+    if low <= 32:
+        mask = (U(1) << U(low)) - U(1)
+        for i in range(values.size):
+            pending |= (U(values[i]) & mask) << U(filled)
+            filled += low
             if filled >= 32:
                 out[at] = W(pending & U(0xFFFFFFFF))
                 at += 1
                 pending >>= U(32)
                 filled -= 32
-            rest >>= U(width)
-            left -= width
+    else:  # in two parts, so that 64 bits always hold what is pending
+        for i in range(values.size):
+            left, rest = low, U(values[i])
+            while left > 0:
+                width = min(left, 32)
+                pending |= (rest & ((U(1) << U(width)) - U(1))) << U(filled)
+                filled += width
+                if filled >= 32:
+                    out[at] = W(pending & U(0xFFFFFFFF))
+                    at += 1
+                    pending >>= U(32)
+                    filled -= 32
+                rest >>= U(width)
+                left -= width
     if filled:
         out[at] = W(pending)
-    return True
 
 
 @jit
@@ -64,69 +82,87 @@ def read(words: Any, start: int, width: int) -> Any:
 
 
 @jit
+def field(words: Any, start: int, width: int) -> Any:
+    """As ``read``, by one load where two words are there that hold all of it."""
+    at = start >> 5
+    if width <= 32 and at + 1 < words.size:
+        return (load64(words, at) >> U(start & 31)) & ((U(1) << U(width)) - U(1))
+    return read(words, start, width)
+
+
+@jit
+def give_up(out: Any, flags: Any) -> None:
+    """Indices that harm nobody, instead of what does not decode."""
+    for i in range(out.size):
+        out[i] = i
+    flags[0] |= DAMAGED
+
+
+@jit
+def elias_fano_encode(index: Any, m: int, low: int, out: Any) -> bool:
+    """Writes low parts, then the unary bitmap. False, and nothing is written, unless index increases below m."""
+    if not increasing(index, m):
+        return False
+    out[:] = 0
+    pack(index, low, out, 0)
+    at = 32 * ((index.size * low + 31) // 32)
+    for i in range(index.size):
+        mark(out, at + (index[i] >> low) + i)
+    return True
+
+
+@jit
 def elias_fano_decode(words: Any, k: int, m: int, low: int, out: Any, flags: Any) -> None:
-    """Reads k = out.size indices; always leaves a non-decreasing list in [0, m)."""
+    """Reads k = out.size indices; 0, 1, ... if words is not what elias_fano_encode writes."""
     high = (k * low + 31) // 32
     limit = max(0, k + ((m - 1) >> low))
     found = 0
-    previous, last = np.int64(-1), np.int64(0)  # as read, and as returned
-    damaged = high > 0 and read(words, k * low, 32 * high - k * low) != U(0)
+    previous = np.int64(-1)
+    good = high == 0 or read(words, k * low, 32 * high - k * low) == U(0)
     for w in range(high, words.size):
         word = U(words[w])
         while word:
             one = 32 * (w - high) + trailing_zeros(word)
             word &= word - U(1)
             if found >= k or one >= limit:
-                damaged = True
-                continue
-            value = ((one - found) << low) | np.int64(read(words, found * low, low))
-            damaged |= value <= previous or value >= m
+                give_up(out, flags)
+                return
+            value = ((one - found) << low) | np.int64(field(words, found * low, low))
+            good &= value > previous
             previous = value
-            last = max(last, min(value, m - 1))
-            out[found] = last
+            out[found] = value
             found += 1
-    damaged |= found < k
-    for i in range(found, k):
-        out[i] = last
-    if damaged:
-        flags[0] |= DAMAGED
+    if not good or found < k or previous >= m:
+        give_up(out, flags)
 
 
 @jit
 def bitmap_encode(index: Any, m: int, out: Any) -> bool:
-    """Sets one bit per index. False (out is then undefined) unless index increases below m."""
+    """Sets one bit per index. False, and nothing is written, unless index increases below m."""
+    if not increasing(index, m):
+        return False
     out[:] = 0
-    previous = np.int64(-1)
     for i in range(index.size):
-        if index[i] <= previous or index[i] >= m:
-            return False
-        previous = index[i]
-        out[previous >> 5] |= W(1) << W(previous & 31)
+        mark(out, index[i])
     return True
 
 
 @jit
 def bitmap_decode(words: Any, m: int, out: Any, flags: Any) -> None:
-    """Reads out.size indices; always leaves a non-decreasing list in [0, m)."""
+    """Reads out.size indices; 0, 1, ... if words is not what bitmap_encode writes."""
     found = 0
-    last = np.int64(0)
-    damaged = False
     for w in range(words.size):
         word = U(words[w])
         while word:
             one = 32 * w + trailing_zeros(word)
             word &= word - U(1)
             if found >= out.size or one >= m:
-                damaged = True
-                continue
-            last = one
+                give_up(out, flags)
+                return
             out[found] = one
             found += 1
-    damaged |= found < out.size
-    for i in range(found, out.size):
-        out[i] = last
-    if damaged:
-        flags[0] |= DAMAGED
+    if found < out.size:
+        give_up(out, flags)
 
 
 @jit

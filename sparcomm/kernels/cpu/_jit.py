@@ -1,7 +1,7 @@
 """The one door to Numba: how kernels are compiled, where they are cached, and the few instructions Numba lacks.
 
 Kernels are serial and release the GIL. Numba's parallel loops abort the process when several threads enter them on
-its default threading layer, and a rank is meant to have one core: ranks, not loops, are what runs in parallel.
+its default threading layer; where a rank has several cores, _parts.py runs a kernel on several parts of a vector.
 """
 
 # ruff: noqa: ARG001, ARG005
@@ -134,6 +134,15 @@ def _trailing_zeros(context, word):
     return types.int64(types.uint64), build
 
 
+def _leading_zeros(context, word):
+    """Zeros above the highest one of a uint64; 64 if it is 0."""
+
+    def build(context, builder, signature, args):
+        return builder.ctlz(args[0], ir.Constant(ir.IntType(1), 0))
+
+    return types.int64(types.uint64), build
+
+
 def _ones(context, word):
     """How many bits of a uint64 are one."""
 
@@ -198,6 +207,7 @@ prefetch: Any = intrinsic(_prefetch)
 bare: Any = intrinsic(_bare)
 reaching: Any = intrinsic(_reaching)
 trailing_zeros: Any = intrinsic(_trailing_zeros)
+leading_zeros: Any = intrinsic(_leading_zeros)
 ones: Any = intrinsic(_ones)
 stream: Any = intrinsic(_stream)
 fence: Any = intrinsic(_fence)

@@ -12,14 +12,26 @@ import numpy as np
 
 from sparcomm import wire
 from sparcomm.errors import SparcommError
-from sparcomm.kernels.cpu._jit import PIECE, jit, next_piece, prefetch, reaching, span, trailing_zeros
+from sparcomm.kernels.cpu._jit import (
+    PIECE,
+    fetch,
+    jit,
+    leading_zeros,
+    next_piece,
+    prefetch,
+    reaching,
+    span,
+    trailing_zeros,
+)
 
 BINS = wire.BINS
 DIGIT = 11  # bits per refinement
-LANES = 8
+FEW, FEW_DIGIT = 4096, 6  # of few magnitudes it takes more but smaller ones
+LANES = 4
 STALE = -1
 
 U = np.uint64
+W = np.uint32
 
 
 @jit
@@ -33,22 +45,75 @@ def boundary(row: Any, above: int, k: int) -> tuple[int, int]:
 
 
 @jit
-def kth(bits: Any, k: int) -> tuple[int, int]:
-    """The k-th largest magnitude of at least k >= 1, and how many are larger."""
+def infinity(bits: Any) -> int:
+    """The bits of infinity, as an array's dtype has them."""
+    return 0x7F800000 if bits.itemsize == 4 else 0x7FF0000000000000
+
+
+@jit
+def peak(bits: Any) -> Any:
+    """The largest magnitude."""
     mask = np.iinfo(bits.dtype).max
-    row = np.zeros(1 << DIGIT, np.int64)
-    prefix = above = 0
-    shift = 8 * bits.itemsize - 1
-    while shift > 0:
-        width = min(shift, DIGIT)
-        shift -= width
-        row[:] = 0
-        for i in range(bits.size):
-            key = bits[i] & mask
-            row[(key >> shift) & ((1 << width) - 1)] += key >> (shift + width) == prefix
-        digit, above = boundary(row, above, k)
-        prefix = (prefix << width) | digit
-    return prefix, above
+    largest = bits.dtype.type(0)
+    for i in range(bits.size):
+        largest = max(largest, bits.dtype.type(bits[i] & mask))
+    return largest
+
+
+@jit
+def kth(bits: Any, k: int, least: int) -> tuple[int, int]:
+    """The k-th largest magnitude, k >= 1, and how many are larger; -1 if fewer than k are at least ``least``.
+
+    By radix, but from the smallest to the largest that there is: so the first digit mostly leaves few.
+    """
+    mask = bits.dtype.type(np.iinfo(bits.dtype).max)
+    few = bits.size < FEW
+    digit, lanes = (FEW_DIGIT, 1) if few else (DIGIT, LANES)
+    rows = np.empty((lanes, (1 << digit) + 1), np.uint32)
+    lowest, highest, above = least, np.int64(peak(bits)), 0
+    pool = bits
+    while True:
+        shift = max(0, 64 - leading_zeros(U(max(highest - lowest, 0))) - digit)
+        bins = 1 << digit
+        rows[:] = 0
+        for i in range(pool.size):
+            # What is outside is counted in a bin of its own, without a branch; neighbours in different lanes.
+            key = np.int64(pool[i] & mask)
+            place = (key - lowest) >> shift if lowest <= key <= highest else bins
+            rows[i & (lanes - 1), place] += W(1)
+        row = np.zeros(bins, np.int64)
+        for lane in range(lanes):
+            for i in range(bins):
+                row[i] += rows[lane, i]
+        if above + row.sum() < k:
+            return -1, 0
+        at, above = boundary(row, above, k)
+        lowest += at << shift
+        highest = min(highest, lowest + (1 << shift) - 1)
+        if shift == 0:
+            return lowest, above
+        left = np.empty(row[at] + 1, bits.dtype)
+        found = 0
+        for i in range(pool.size):
+            key = pool[i] & mask
+            left[found] = key
+            found += lowest <= key <= highest
+        pool = left[:found]
+
+
+@jit
+def places(bits: Any, least: int, above: int, out: Any) -> bool:
+    """Places in a list of its out.size largest, ties to the first, given what ``kth`` says; False if it is not true."""
+    mask = bits.dtype.type(np.iinfo(bits.dtype).max)
+    ties, found, i = out.size - above, 0, 0
+    while found < out.size and i < bits.size:
+        key = bits[i] & mask
+        tie = key == least
+        out[found] = i
+        found += key > least or (tie and ties > 0)
+        ties -= tie
+        i += 1
+    return found == out.size
 
 
 @jit
@@ -57,27 +122,106 @@ def choose(index: Any, value: Any, bits: Any, floor: int, index_out: Any, value_
 
     False if fewer than k reach ``floor``. ``bits``: value as int32 or int64.
     """
-    mask = np.iinfo(bits.dtype).max
-    k, reached = place.size, 0
-    for i in range(bits.size):
-        reached += (bits[i] & mask) >= floor
-    if reached < k:
-        return False
-    if k == 0:
+    if place.size == 0:
         return True
-    least, above = kth(bits, k)
-    ties, found = k - above, 0
+    least, above = kth(bits, place.size, floor)
+    if least < 0 or not places(bits, least, above, place):
+        return False
+    for i in range(place.size):
+        index_out[i] = index[place[i]]
+        value_out[i] = value[place[i]]
+    return True
+
+
+@jit
+def top_places(bits: Any, out: Any) -> bool:
+    """Places of the out.size largest of a list, ties to the first."""
+    if out.size == 0:
+        return True
+    least, above = kth(bits, out.size, 0)
+    return places(bits, least, above, out)
+
+
+@jit
+def reach(bits: Any, least: int) -> int:
+    """How many magnitudes are at least ``least``."""
+    mask = bits.dtype.type(np.iinfo(bits.dtype).max)
+    count = 0
     for i in range(bits.size):
-        key = bits[i] & mask
-        tie = key == least
-        index_out[found] = index[i]
-        value_out[found] = value[i]
-        place[found] = i
-        found += key > least or (tie and ties > 0)
-        ties -= tie
-        if found == k:
+        count += (bits[i] & mask) >= least
+    return count
+
+
+@jit
+def reach_in(bits: Any, least: Any, slot: Any, block: int, tile: int) -> int:
+    """How many of a block's magnitudes are at least ``least``."""
+    blocks, count = slot.shape[1], 0
+    for r in range(slot.shape[0]):
+        start = (r * blocks + slot[r, block]) * tile
+        for lo in range(start, min(start + tile, bits.size), PIECE):
+            fetch(bits, next_piece(slot, r, block, tile, lo), PIECE)
+            count += reach(span(bits, lo, min(PIECE, start + tile - lo, bits.size - lo)), least)
+    return count
+
+
+@jit
+def first(bits: Any, least: Any, slot: Any, block: int, tile: int, out: Any) -> int:
+    """The first positions of a block whose magnitude is at least ``least``: as many as fit in ``out`` less 64."""
+    mask = bits.dtype.type(np.iinfo(bits.dtype).max)
+    blocks, found = slot.shape[1], 0
+    for r in range(slot.shape[0]):
+        start = (r * blocks + slot[r, block]) * tile
+        for lo in range(start, min(start + tile, bits.size), PIECE):
+            fetch(bits, next_piece(slot, r, block, tile, lo), PIECE)
+            local = r * tile + lo - start
+            run = span(bits, lo, min(PIECE, start + tile - lo, bits.size - lo))
+            vector = run.size // 64 * 64
+            for i in range(0, vector, 64):
+                word = reaching(run, i, least)
+                while word:
+                    out[found] = local + i + trailing_zeros(word)
+                    found += 1
+                    word &= word - U(1)
+                if found + 64 >= out.size:
+                    return found
+            for i in range(vector, run.size):
+                out[found] = local + i
+                found += (run[i] & mask) >= least
+            if found + 64 >= out.size:
+                return found
+    return found
+
+
+@jit
+def fill_to(index: Any, bits: Any, least: int, k: int, stored: int) -> int:
+    """Below which position all have to be taken, so that together with those that reach ``least`` there are k.
+
+    ``index``, ``bits``: a sorted list of all that reach it, or of at least the first k. 0 if there are as many.
+    """
+    mask = bits.dtype.type(np.iinfo(bits.dtype).max)
+    end = k - reach(bits, least)
+    if end <= 0:
+        return 0
+    for i in range(index.size):
+        if index[i] >= end:
             break
-    return found == k
+        end += (bits[i] & mask) >= least
+    return min(end, stored)
+
+
+@jit
+def take(index: Any, value: Any, bits: Any, least: int, end: int, index_out: Any, value_out: Any, place: Any) -> int:
+    """Writes the first place.size of a list that reach ``least``, or lie below ``end``: these as zeros. How many."""
+    mask = bits.dtype.type(np.iinfo(bits.dtype).max)
+    found = i = 0
+    while found < place.size and i < index.size:
+        reached = (bits[i] & mask) >= least
+        index_out[found] = index[i]
+        value_out[found] = value[i] if reached else 0
+        place[found] = i
+        found += reached or index[i] < end
+        i += 1
+    return found
 
 
 @jit

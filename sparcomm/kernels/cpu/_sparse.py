@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from sparcomm import wire
-from sparcomm.kernels.cpu._compensate import infinity, peak
 from sparcomm.kernels.cpu._jit import PIECE, bare, copy, fence, jit
 
 NONFINITE = wire.NONFINITE
@@ -73,13 +72,16 @@ def add(x: Any, places: Any, value: Any, flags: Any) -> None:
 
 @jit
 def absorb(
-    index: Any, value: Any, more: Any, places: Any, extra: Any, x: Any, index_out: Any, value_out: Any, flags: Any
-) -> int:
+    index: Any, value: Any, more: Any, extra: Any, x: Any, slot: Any, block: int, tile: int, saturating: bool,
+    index_out: Any, value_out: Any, flags: Any,
+) -> int:  # fmt: skip
     """Adds ``extra`` at positions ``more`` to a sorted list of positions and sums; how many the result has.
 
-    What is not in the list yet starts from ``x[places]``. The results have room for both lists.
+    What is not in the list yet starts from ``x``. If ``saturating``, sums of finite numbers stay finite. The results
+    have room for both lists.
     """
     position, own, rest = np.empty(more.size, np.int64), np.empty(more.size, x.dtype), np.empty(more.size, x.dtype)
+    places = place(more, slot, block, tile, x.size)
     kept = 0
     for i in range(more.size):
         j = places[i]
@@ -89,12 +91,14 @@ def absorb(
         elif j == OUTSIDE:
             flags[0] |= DAMAGED
     a = b = found = 0
+    finite = True
     # Without a branch on which list is ahead, which nobody could guess.
     while a < index.size and b < kept:
         here, there, listed, new = index[a], position[b], value[a], own[b]
         left, right = here <= there, there <= here
         start = listed if left else new
-        total = start + rest[b]
+        total = plus(start, rest[b], saturating)
+        finite &= np.isfinite(total) | (not right)
         index_out[found] = here if left else there
         value_out[found] = total if right else start
         a, b, found = a + left, b + right, found + 1
@@ -102,16 +106,33 @@ def absorb(
         index_out[found], value_out[found] = index[i], value[i]
         found += 1
     for i in range(b, kept):
-        index_out[found], value_out[found] = position[i], own[i] + rest[i]
+        total = plus(own[i], rest[i], saturating)
+        finite &= np.isfinite(total)
+        index_out[found], value_out[found] = position[i], total
         found += 1
+    if not finite:
+        flags[0] |= NONFINITE
     return found
 
 
 @jit
-def note_nonfinite(bits: Any, flags: Any) -> None:
-    """Sets a flag if any value, given as int32 or int64, is inf or NaN."""
-    if peak(bits) >= infinity(bits):
-        flags[0] |= NONFINITE
+def plus(a: Any, b: Any, saturating: bool) -> Any:
+    """A + b; if ``saturating``, at most the largest finite value of finite ones."""
+    total = a + b
+    if saturating and np.isinf(total) and np.isfinite(a) and np.isfinite(b):
+        return np.copysign(np.finfo(a).max, total)
+    return total
+
+
+@jit
+def change(index: Any, x: Any, slot: Any, block: int, tile: int, sums: Any, least: int) -> int:
+    """How many more of a list's positions reach ``least`` with their sums (as int32 or int64) than in ``x``."""
+    mask = x.dtype.type(np.iinfo(x.dtype).max)
+    places = place(index, slot, block, tile, x.size)
+    count = 0
+    for i in range(index.size):
+        count += ((sums[i] & mask) >= least) - ((x[places[i]] & mask) >= least)
+    return count
 
 
 @jit
@@ -122,34 +143,48 @@ def deduct(value: Any, place: Any, less: Any) -> None:
 
 
 @jit
-def common(index: Any, wanted: Any, out: Any) -> int:
-    """Places in the sorted ``index`` of what the sorted ``wanted`` has, too; how many. ``out``: room for one more."""
-    a = b = found = 0
+def settle(index: Any, value: Any, wanted: Any, x: Any, slot: Any, block: int, tile: int) -> None:
+    """Writes the sums of a sorted list at those of its positions that the sorted ``wanted`` has, too, to ``x``."""
+    blocks = slot.shape[1]
+    a = b = lo = hi = base = 0
     while a < index.size and b < wanted.size:
         here, there = index[a], wanted[b]
-        left, right = here <= there, there <= here
-        out[found] = a
-        a, b, found = a + left, b + right, found + (left and right)
-    return found
+        if here == there:
+            if here >= hi:
+                r = here // tile
+                lo, hi = r * tile, (r + 1) * tile
+                base = (r * blocks + slot[r, block]) * tile - lo
+            x[base + here] = value[a]
+        a, b = a + (here <= there), b + (there <= here)
 
 
 @jit
-def expand(out: Any, index: Any, value: Any, first: Any, owner: Any, tile: int, streaming: bool) -> None:
-    """Writes all of ``out``: values at their positions, else zeros.
+def expand(
+    out: Any, index: Any, value: Any, bounds: Any, owner: Any, tile: int, first: int, last: int, streaming: bool
+) -> None:
+    """Writes ``out`` from ``first`` to ``last``: values at their positions, else zeros.
 
-    ``index``, ``value``: the blocks' sorted lists one after the other, block b's from ``first[b]`` to ``first[b + 1]``.
+    ``index``, ``value``: the blocks' sorted lists one after the other, block b's from ``bounds[b]`` to
+    ``bounds[b + 1]``.
     """
-    rounds, blocks = owner.shape
+    blocks = owner.shape[1]
     room = np.zeros(PIECE, out.dtype)
-    scratch, start = bare(room), first.copy()
-    for t in range(rounds * blocks):
+    scratch, next_ = bare(room), bounds[:blocks].copy()
+    if first:
+        t = first // tile
+        for b in range(blocks):  # whatever lies in earlier rounds, or earlier in the tile, comes before first
+            low = t // blocks * tile + (first - t * tile if owner[t // blocks, t % blocks] == b else 0)
+            next_[b] += np.searchsorted(index[bounds[b] : bounds[b + 1]], low)
+    start = first
+    while start < last:
+        t = start // tile
         b = owner[t // blocks, t % blocks]
-        stop = min((t + 1) * tile, out.size)
-        for lo in range(t * tile, stop, PIECE):
+        stop = min((t + 1) * tile, last)
+        for lo in range(start, stop, PIECE):
             size = min(PIECE, stop - lo)
             local = (t // blocks - t) * tile + lo
-            at = begin = start[b]
-            while at < first[b + 1] and index[at] < local + size:
+            at = begin = next_[b]
+            while at < bounds[b + 1] and index[at] < local + size:
                 if index[at] >= local:
                     scratch[index[at] - local] = value[at]
                 at += 1
@@ -157,7 +192,8 @@ def expand(out: Any, index: Any, value: Any, first: Any, owner: Any, tile: int, 
             for i in range(begin, at):
                 if index[i] >= local:
                     scratch[index[i] - local] = 0
-            start[b] = at
+            next_[b] = at
+        start = stop
     if streaming:
         fence()
     room[0] = 0  # alive until here

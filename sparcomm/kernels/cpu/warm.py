@@ -39,6 +39,7 @@ def _gradient_kernels(dtype: torch.dtype) -> None:
                 cpu.merge(work, 0, index, torch.ones(3, dtype=out.dtype))
                 cpu.deduct(work, 0, cpu.select(work, 0, n // 2)[1])
                 cpu.settle(work, 0, index)
+            cpu.sample(grad, residual, 4)
     cpu.expand(grad, [index], [out[:3]], layout)
 
 
@@ -50,9 +51,17 @@ def _value_kernels(dtype: torch.dtype) -> None:
     cpu.subtract(x, index, value, layout, 0)
     cpu.scatter(x, index, value, layout, 0)
     cpu.add(x, index, value, layout, 0, flags)
+    cpu.top(index, value, 2)
+    for threshold in (0.0, 2.0):  # below the floor and above it
+        work = cpu.survey(x, layout, 3, flags, torch.ones(1, dtype=dtype))
+        cpu.count_above(work, 0, threshold)
+        cpu.above(work, 0, threshold, 50)
     cpu.merge_sum(Sparse(index, value, n), Sparse(index, value, n))
     for wire_dtype in WIRE_DTYPES.values():
         cpu.narrow(value, torch.empty(3, dtype=wire_dtype))
+    scale, code = torch.empty(1, dtype=torch.uint8), torch.empty(3, dtype=torch.int8)
+    cpu.quantize(value, scale, code, None)
+    cpu.dequantize(scale, code, dtype, flags)
 
 
 def _code_kernels() -> None:
@@ -64,3 +73,5 @@ def _code_kernels() -> None:
     cpu.bitmap_encode(index, 100, words)
     cpu.bitmap_decode(words, 3, 100, flags)
     cpu.checksum(words)
+    words = torch.empty(wire.rice_words(3, 100), dtype=torch.int32)
+    cpu.rice_decode(words[: cpu.rice_encode(index, 100, words)], 3, 100, flags)

@@ -249,16 +249,17 @@ class TorchTransport(BaseTransport):
     def _gather_setup(self, out: Tensor, x: Tensor) -> None:
         if "cpu" in self.links.backends or self.size == 1:
             return self._gather(out, x)
-        device = self._probe_device()
+        device = self._device or torch.device("cuda", torch.cuda.current_device())
         there = out.to(device)
         self._gather(there, x.to(device))
         out.copy_(there)
         return None
 
     def _probe_device(self) -> torch.device:
-        if "cpu" in self.links.backends or self.size == 1:
-            return torch.device("cpu")
-        return self._device or torch.device("cuda", torch.cuda.current_device())
+        if self._device is not None:  # where gradients are: another backend than the host's may move them
+            return self._device
+        backends = self.links.backends  # none in a group of one
+        return torch.device("cuda" if backends and "cpu" not in backends else "cpu")
 
     def _make_split(self, members: list[int], color: int) -> TorchTransport:
         seat = self._new_seat(members, color)
