@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparcomm import wire
+from sparcomm.algorithms.dense import Dense
 from sparcomm.algorithms.spardl import SparDL, SparDLState, log_schedule
 from sparcomm.algorithms.spardl.schedule import Scheme, schemes
 from sparcomm.algorithms.spardl.width import moved
@@ -252,6 +253,18 @@ def test_the_width_moves_alike_on_all_ranks_and_with_the_teams_agreement() -> No
         assert all(isinstance(s, SparDLState) and s.width == states[0].width for s in states)
         quota = algorithm.packet(n, size // 3).k
         assert (states[0].width > 0.5 * quota) == expect_growth
+
+
+@pytest.mark.parametrize("density", [0.02, 0.3])
+def test_however_wide_it_grows_no_step_sends_more_than_the_dense_all_reduce(density: float) -> None:
+    """Equal gradients make the width grow to the quota; at the higher density that is too much: dense at once."""
+    size, n, algorithm = 8, 4800, SparDL(density, teams=8, sag="b-sag")
+    gradients = [[normals(n, 0, step) for _ in range(size)] for step in range(40)]
+    dense = Dense().cost(n, torch.float32, size).bytes_sent
+    for _, state, booked in simulate(algorithm, gradients):
+        assert max(t.bytes_sent for t in booked) <= dense
+        assert isinstance(state, SparDLState)
+        assert (state.width == 0) == algorithm.delivers_all(n, torch.float32, size) == (density == 0.3)
 
 
 # ---- which teams ---------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def meet_recursive(run: Run) -> Tensor:
 
 
 def meet_by_gather(run: Run, width: int) -> Tensor:
-    """B-SAG with ``width`` = h. Returns an unsealed bag: a word for the size of the union, the block's final sum."""
+    """B-SAG with ``width`` = h. Returns the sealed bag: the size of the union (a word), the own block's final sum."""
     peers = run.peers
     assert peers is not None
     packet, final, length = run.packet(quota=width), run.packet(), run.cut.length
