@@ -18,6 +18,21 @@ from torch import Tensor
 from sparcomm import wire
 from sparcomm.dtypes import working_dtype
 from sparcomm.errors import SparcommError
+from sparcomm.kernels._bitmaps import (  # noqa: F401  re-exported
+    absolute_sum,
+    add_signs,
+    ones,
+    pack,
+    pack_signs,
+    popcount,
+    prefix,
+    rank,
+    spread_signs,
+    support,
+    unite,
+    unpack,
+    vote,
+)
 from sparcomm.kernels.checks import check_code, check_rice, check_rounding, check_scales
 from sparcomm.kernels.cpu import _code, _compensate, _parts, _quantize, _rice, _round, _select, _sparse, working
 from sparcomm.kernels.cpu.working import CHANGED, SIGNED, Lists
