@@ -17,6 +17,7 @@ from sparcomm.kernels import bits
 from sparcomm.kernels._entries import add, gather, scatter, subtract
 from sparcomm.kernels._entries import raise_flag as _raise_flag
 from sparcomm.kernels._entries import saturate as _saturate
+from sparcomm.kernels._sketch import estimate, from_fixed, occupancy, peel, sketch, to_fixed
 from sparcomm.kernels._sums import above, compensate, count_above, deduct, merge, sample, select, settle, survey, top
 from sparcomm.kernels.checks import check_code, check_rice, check_rounding, check_scales
 from sparcomm.layout import Layout
@@ -34,11 +35,15 @@ __all__ = [
     "dequantize",
     "elias_fano_decode",
     "elias_fano_encode",
+    "estimate",
     "expand",
+    "from_fixed",
     "gather",
     "merge",
     "merge_sum",
     "narrow",
+    "occupancy",
+    "peel",
     "quantize",
     "rice_decode",
     "rice_encode",
@@ -47,8 +52,10 @@ __all__ = [
     "scatter",
     "select",
     "settle",
+    "sketch",
     "subtract",
     "survey",
+    "to_fixed",
     "top",
     "widen",
 ]
