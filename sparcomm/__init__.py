@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sparcomm.algorithms.base import Algorithm
     from sparcomm.algorithms.dense import Dense
     from sparcomm.algorithms.hierarchical import Hierarchical
+    from sparcomm.algorithms.s2 import S2Reducer
     from sparcomm.algorithms.spardl import SparDL
     from sparcomm.algorithms.topk import TopKAllGather
     from sparcomm.config import algorithm_from_config
@@ -64,6 +65,7 @@ __all__ = [
     "Recorder",
     "Refresh",
     "RemoteError",
+    "S2Reducer",
     "Schedule",
     "SparDL",
     "SparcommError",
@@ -79,6 +81,7 @@ _HOME = {
     "Algorithm": "sparcomm.algorithms.base",
     "Dense": "sparcomm.algorithms.dense",
     "Hierarchical": "sparcomm.algorithms.hierarchical",
+    "S2Reducer": "sparcomm.algorithms.s2",
     "SparDL": "sparcomm.algorithms.spardl",
     "TopKAllGather": "sparcomm.algorithms.topk",
     "algorithm_from_config": "sparcomm.config",

@@ -35,6 +35,7 @@ PUBLIC = [
     "Recorder",
     "Refresh",
     "RemoteError",
+    "S2Reducer",
     "Schedule",
     "SparDL",
     "SparcommError",
