@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 import sparcomm
-from sparcomm import CheckpointError, Dense, Hierarchical, HookState, SparDL, TopKAllGather
+from sparcomm import CheckpointError, Dense, Hierarchical, HookState, S2Reducer, SparDL, TopKAllGather
 from sparcomm.algorithms import Algorithm
 from sparcomm.ddp import checkpoint
 from sparcomm.ddp.checkpoint import Entry, StateDict
@@ -80,6 +80,8 @@ NESTED = Hierarchical(Halves(), SparDL(density=0.1), groups=((0, 3), (2, 1)))
         (SparDL(density=0.1, teams=4, sag="b-sag", values="int8"), 5, "torch", {}),
         (SparDL(density=0.1, teams="auto", values="int8", rounding="stochastic"), 3, "dcp", {}),
         (TopKAllGather(density=0.05, selector="gaussiank(reestimate_every=4)", indices="rice"), 6, "dcp", {}),
+        (S2Reducer(0.1, "peel", granularity=4), 5, "torch", {}),
+        (S2Reducer(0.05, "projection"), 3, "dcp", {}),
     ],
 )
 def test_a_resumed_run_is_bit_identical(
