@@ -38,12 +38,12 @@ from sparcomm.kernels.cpu.bitmaps import (
     unpack,
     vote,
 )
-from sparcomm.kernels._sketch import estimate as estimate
-from sparcomm.kernels._sketch import from_fixed as from_fixed
-from sparcomm.kernels._sketch import occupancy as occupancy
-from sparcomm.kernels._sketch import peel as peel
-from sparcomm.kernels._sketch import sketch as sketch
-from sparcomm.kernels._sketch import to_fixed as to_fixed
+from sparcomm.kernels.cpu.sketches import estimate as estimate
+from sparcomm.kernels.cpu.sketches import from_fixed as from_fixed
+from sparcomm.kernels.cpu.sketches import occupancy as occupancy
+from sparcomm.kernels.cpu.sketches import peel as peel
+from sparcomm.kernels.cpu.sketches import sketch as sketch
+from sparcomm.kernels.cpu.sketches import to_fixed as to_fixed
 from sparcomm.kernels.cpu.working import CHANGED, SIGNED, Lists
 from sparcomm.kernels.interface import Working
 from sparcomm.layout import Layout
