@@ -137,6 +137,13 @@ class Planner:
 
     # ---- cost --------------------------------------------------------------------------------------------------------
 
+    def usual(self, state: S2State) -> Traffic:
+        """What a step sends whose union is as large as the last one's, and whose table, if it is peeled, peels."""
+        plan = self.plan(state)
+        if plan.way == DENSE:
+            return self.dense
+        return self.compact(state.union) if plan.way == COMPACT else self.trip(plan).traffic
+
     def cost(self, state: State | None) -> Traffic:
         """Exact for a table that is not peeled, and densely; else the most that can come."""
         plan = self.plan(state)
