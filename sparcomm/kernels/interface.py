@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sparcomm.kernels.interface_bits import BitKernels
+from sparcomm.kernels.interface_sketch import SketchKernels
 from sparcomm.layout import Layout
 from sparcomm.sparse import Sparse
 
@@ -38,7 +39,7 @@ class Working:
     layout: Layout
 
 
-class Kernels(BitKernels, Protocol):
+class Kernels(BitKernels, SketchKernels, Protocol):
     """A module (or object) that implements all loops over n or k for one kind of device. Thread-safe."""
 
     def compensate(

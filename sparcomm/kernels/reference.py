@@ -32,6 +32,7 @@ from sparcomm.kernels._bitmaps import (
 from sparcomm.kernels._entries import add, gather, scatter, subtract
 from sparcomm.kernels._entries import raise_flag as _raise_flag
 from sparcomm.kernels._entries import saturate as _saturate
+from sparcomm.kernels._sketch import estimate, from_fixed, occupancy, peel, sketch, to_fixed
 from sparcomm.kernels._sums import above, compensate, count_above, deduct, merge, sample, select, settle, survey, top
 from sparcomm.kernels.checks import check_code, check_rice, check_rounding, check_scales
 from sparcomm.layout import Layout
@@ -51,14 +52,18 @@ __all__ = [
     "dequantize",
     "elias_fano_decode",
     "elias_fano_encode",
+    "estimate",
     "expand",
+    "from_fixed",
     "gather",
     "merge",
     "merge_sum",
     "narrow",
+    "occupancy",
     "ones",
     "pack",
     "pack_signs",
+    "peel",
     "popcount",
     "prefix",
     "quantize",
@@ -70,10 +75,12 @@ __all__ = [
     "scatter",
     "select",
     "settle",
+    "sketch",
     "spread_signs",
     "subtract",
     "support",
     "survey",
+    "to_fixed",
     "top",
     "unite",
     "unpack",

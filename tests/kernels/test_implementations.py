@@ -32,12 +32,14 @@ from sparcomm.kernels.cpu import (
     _rice,
     _round,
     _select,
+    _sketch,
     _sparse,
     warm,
 )
 from sparcomm.layout import contiguous, dealt, whole
 from sparcomm.sparse import Sparse
 from support.kernels import GRADIENTS, data, increasing, same
+from support.sketches import every_sketch
 
 NAMES = sorted(name for name, _ in inspect.getmembers(Kernels, inspect.isfunction) if not name.startswith("_"))
 
@@ -128,6 +130,7 @@ def everything(k: Any, dtype: torch.dtype) -> list[torch.Tensor]:
         *places,
         *lists,
         *checks,
+        *every_sketch(k, torch.arange(0, 3000, 7), working),
     ]
 
 
@@ -211,6 +214,14 @@ def test_the_reference_never_waits_for_a_device() -> None:
         assert k.quantize(value, scale, code, seed).shape == (20,)
     assert k.dequantize(scale, code, torch.float32, flags).shape == (20,)
     k.round_stochastic(x, meta(n, dtype=torch.bfloat16), 7)
+    counts = meta(3, 50, dtype=torch.int32)
+    k.occupancy(index, 7, 50, counts)
+    for dtype in (torch.float32, torch.int32):
+        k.sketch(index, meta(40, dtype=dtype), 2, 7, meta(3, 100, dtype=dtype))
+    for how in ("median", "mean", "projection"):
+        assert k.estimate(meta(3, 100), index, 2, 7, counts if how == "projection" else None, how).shape == (40,)
+    assert k.to_fixed(value, -9, 100, meta(20, dtype=torch.int32)).shape == ()
+    assert k.from_fixed(meta(20, dtype=torch.int32), -9, torch.float32).shape == (20,)
 
 
 def test_misuse_is_an_error_not_an_access_out_of_bounds() -> None:
@@ -267,6 +278,7 @@ def test_results_lie_on_the_cpu_whatever_the_default_device_is() -> None:
         results += [cpu.rice_decode(rice, 3, 100, flags), cpu.rice_decode(rice, 3, 3, flags)]
         results += [cpu.quantize(x[:3], scale, code, None), cpu.dequantize(scale, code, x.dtype, flags)]
         results += [cpu.gather(x, results[0], layout, 0), cpu.checksum(x.view(torch.int32))]
+        results += every_sketch(cpu, results[0], torch.float32)
     assert {r.device.type for r in results} == {"cpu"}
 
 
@@ -308,7 +320,7 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path: Path, monkey
 
 def compiled() -> dict[str, int]:
     """Compiled variants per kernel."""
-    modules = (_bitmaps, _code, _compensate, _count, _quantize, _rice, _round, _select, _sparse)
+    modules = (_bitmaps, _code, _compensate, _count, _quantize, _rice, _round, _select, _sketch, _sparse)
     functions = [f for module in modules for f in vars(module).values()]
     return {f.__name__: len(f.signatures) for f in functions if hasattr(f, "signatures")}
 
