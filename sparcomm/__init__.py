@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from sparcomm.algorithms.base import Algorithm
     from sparcomm.algorithms.dense import Dense
     from sparcomm.algorithms.hierarchical import Hierarchical
+    from sparcomm.algorithms.majority_vote import MajorityVote
+    from sparcomm.algorithms.onebit import OneBitAllReduce
     from sparcomm.algorithms.s2 import S2Reducer
     from sparcomm.algorithms.spardl import SparDL
     from sparcomm.algorithms.topk import TopKAllGather
@@ -59,8 +61,10 @@ __all__ = [
     "Hierarchical",
     "HookError",
     "HookState",
+    "MajorityVote",
     "MomentumCorrection",
     "NotInitializedError",
+    "OneBitAllReduce",
     "PeerError",
     "Recorder",
     "Refresh",
@@ -81,6 +85,8 @@ _HOME = {
     "Algorithm": "sparcomm.algorithms.base",
     "Dense": "sparcomm.algorithms.dense",
     "Hierarchical": "sparcomm.algorithms.hierarchical",
+    "MajorityVote": "sparcomm.algorithms.majority_vote",
+    "OneBitAllReduce": "sparcomm.algorithms.onebit",
     "S2Reducer": "sparcomm.algorithms.s2",
     "SparDL": "sparcomm.algorithms.spardl",
     "TopKAllGather": "sparcomm.algorithms.topk",

@@ -13,7 +13,17 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 import sparcomm
-from sparcomm import CheckpointError, Dense, Hierarchical, HookState, S2Reducer, SparDL, TopKAllGather
+from sparcomm import (
+    CheckpointError,
+    Dense,
+    Hierarchical,
+    HookState,
+    MajorityVote,
+    OneBitAllReduce,
+    S2Reducer,
+    SparDL,
+    TopKAllGather,
+)
 from sparcomm.algorithms import Algorithm
 from sparcomm.ddp import checkpoint
 from sparcomm.ddp.checkpoint import Entry, StateDict
@@ -63,6 +73,7 @@ def trained(
 
 PLAIN = SparDL(density=0.05)
 NODES = Hierarchical(outer=PLAIN, local_size=2)
+SIGNUM = MajorityVote(mask=True, scale=True, error_feedback=True, momentum=0.9)
 NESTED = Hierarchical(Halves(), SparDL(density=0.1), groups=((0, 3), (2, 1)))
 
 
@@ -82,6 +93,8 @@ NESTED = Hierarchical(Halves(), SparDL(density=0.1), groups=((0, 3), (2, 1)))
         (TopKAllGather(density=0.05, selector="gaussiank(reestimate_every=4)", indices="rice"), 6, "dcp", {}),
         (S2Reducer(0.1, "peel", granularity=4), 5, "torch", {}),
         (S2Reducer(0.05, "projection"), 3, "dcp", {}),
+        (SIGNUM, 4, "torch", {}),
+        (OneBitAllReduce(), 3, "dcp", {"memory": sparcomm.MomentumCorrection(0.9)}),
     ],
 )
 def test_a_resumed_run_is_bit_identical(
@@ -97,6 +110,10 @@ def test_a_resumed_run_is_bit_identical(
         narrow = options.get("storage") == "bfloat16"
         assert {t.dtype for t in state["residuals"].values()} == {torch.bfloat16 if narrow else torch.float32}
         assert bool(state["velocity"]) == ("memory" in options)
+        if algorithm == SIGNUM:
+            moments = state["per_element"]["momentum"]
+            assert moments.keys() == state["parameters"].keys()
+            assert all(moment.any() for moment in moments.values())
         if algorithm == NESTED:  # what an algorithm within an algorithm remembers
             assert state["per_element"].keys() == {"inner.seen"}
             assert {int(fields["inner.count"]) for fields in state["shared"].values()} == {8}

@@ -38,12 +38,7 @@ from sparcomm.kernels.cpu.bitmaps import (
     unpack,
     vote,
 )
-from sparcomm.kernels.cpu.sketches import estimate as estimate
-from sparcomm.kernels.cpu.sketches import from_fixed as from_fixed
-from sparcomm.kernels.cpu.sketches import occupancy as occupancy
-from sparcomm.kernels.cpu.sketches import peel as peel
-from sparcomm.kernels.cpu.sketches import sketch as sketch
-from sparcomm.kernels.cpu.sketches import to_fixed as to_fixed
+from sparcomm.kernels.cpu.sketches import estimate, from_fixed, occupancy, peel, sketch, to_fixed
 from sparcomm.kernels.cpu.working import CHANGED, SIGNED, Lists
 from sparcomm.kernels.interface import Working
 from sparcomm.layout import Layout
@@ -51,10 +46,11 @@ from sparcomm.sparse import Sparse
 
 __all__ = [
     "above", "absolute_sum", "add", "add_signs", "bitmap_decode", "bitmap_encode", "checksum", "compensate",
-    "count_above", "deduct", "dequantize", "elias_fano_decode", "elias_fano_encode", "expand", "gather", "merge",
-    "merge_sum", "narrow", "ones", "pack", "pack_signs", "popcount", "prefix", "quantize", "rank", "rice_decode",
-    "rice_encode", "round_stochastic", "sample", "scatter", "select", "settle", "spread_signs", "subtract",
-    "support", "survey", "top", "unite", "unpack", "vote", "widen",
+    "count_above", "deduct", "dequantize", "elias_fano_decode", "elias_fano_encode", "estimate", "expand",
+    "from_fixed", "gather", "merge", "merge_sum", "narrow", "occupancy", "ones", "pack", "pack_signs", "peel",
+    "popcount", "prefix", "quantize", "rank", "rice_decode", "rice_encode", "round_stochastic", "sample", "scatter",
+    "select", "settle", "sketch", "spread_signs", "subtract", "support", "survey", "to_fixed", "top", "unite",
+    "unpack", "vote", "widen",
 ]  # fmt: skip
 ONE = np.zeros((1, 1), np.int64)  # the slots of a vector that is one block
 _NARROW = {

@@ -113,6 +113,8 @@ def median(table: Any, columns: int, key: Any, width: int, seed: Any, first: int
         size = min(CHUNK, last - lo)
         for r in range(rows):
             hashed(key, lo, size, seed_of(seed, r), columns, place[r], odd[r])
+            for i in range(size):
+                prefetch(table, (r * columns + place[r, i]) * width)
         for i in range(size):
             for j in range(width):
                 for r in range(rows):

@@ -21,6 +21,7 @@ from sparcomm.kernels.checks_sketch import (
     check_way,
 )
 from sparcomm.kernels.cpu import _code, _parts, _sketch
+from sparcomm.kernels.cpu._arrays import array as _array
 
 
 def sketch(key: Tensor, value: Tensor, width: int, seed: int, out: Tensor) -> None:
@@ -91,10 +92,6 @@ def from_fixed(fixed: Tensor, exponent: int, dtype: torch.dtype) -> Tensor:
     out = torch.empty(fixed.numel(), dtype=dtype, device="cpu")
     _sketch.from_fixed(_array(fixed), 2.0**exponent, _array(out))
     return out
-
-
-def _array(tensor: Tensor) -> Any:
-    return tensor.detach().numpy()
 
 
 def _keys(key: Tensor, width: int) -> Any:

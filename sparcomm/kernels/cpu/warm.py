@@ -80,6 +80,22 @@ def _code_kernels() -> None:
     cpu.rice_decode(words[: cpu.rice_encode(index, 100, words)], 3, 100, flags)
 
 
+def _sketch_kernels() -> None:
+    key, counts = torch.arange(3), torch.empty((1, 2), dtype=torch.int32)
+    cpu.occupancy(key, 0, 2, counts)
+    fixed, exact = torch.empty(3, dtype=torch.int32), torch.empty((1, 2), dtype=torch.int32)
+    for dtype in (torch.float32, torch.float64):
+        value, table = torch.ones(3, dtype=dtype), torch.empty((1, 2), dtype=dtype)
+        cpu.sketch(key, value, 1, 0, table)
+        cpu.estimate(table, key, 1, 0, None, "median")
+        cpu.estimate(table, key, 1, 0, None, "mean")
+        cpu.estimate(table, key, 1, 0, counts, "projection")
+        cpu.to_fixed(value, 0, 1, fixed)
+        cpu.from_fixed(fixed, 0, dtype)
+    cpu.sketch(key, fixed, 1, 0, exact)
+    cpu.peel(exact, key, 1, 0, counts)
+
+
 def _sign_kernels(dtype: torch.dtype) -> None:
     x, flags = torch.ones(3, dtype=dtype), torch.zeros(1, dtype=torch.uint8)
     words, present = torch.empty(1, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
@@ -100,19 +116,3 @@ def _bitmap_kernels() -> None:
     cpu.pack(cpu.unpack(words, 96), words)
     cpu.popcount(words)
     cpu.rank(words, cpu.prefix(words), cpu.ones(words))
-
-
-def _sketch_kernels() -> None:
-    key, counts = torch.arange(3), torch.empty((1, 2), dtype=torch.int32)
-    cpu.occupancy(key, 0, 2, counts)
-    fixed, exact = torch.empty(3, dtype=torch.int32), torch.empty((1, 2), dtype=torch.int32)
-    for dtype in (torch.float32, torch.float64):
-        value, table = torch.ones(3, dtype=dtype), torch.empty((1, 2), dtype=dtype)
-        cpu.sketch(key, value, 1, 0, table)
-        cpu.estimate(table, key, 1, 0, None, "median")
-        cpu.estimate(table, key, 1, 0, None, "mean")
-        cpu.estimate(table, key, 1, 0, counts, "projection")
-        cpu.to_fixed(value, 0, 1, fixed)
-        cpu.from_fixed(fixed, 0, dtype)
-    cpu.sketch(key, fixed, 1, 0, exact)
-    cpu.peel(exact, key, 1, 0, counts)
