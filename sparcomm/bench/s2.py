@@ -28,7 +28,7 @@ from sparcomm.codecs.packet import Packet
 from sparcomm.collectives.dense import dense_traffic, log2_ceil
 from sparcomm.density import quota
 
-EXACT = ("peel", "compact", "topk", "rows", "raw", "dense")
+EXACT = ("compact", "peel", "topk", "rows", "raw", "dense")
 WAYS = ("projection", *EXACT)
 RATIOS = ("peel/raw", "peel/topk", "projection/raw")
 COLORS = ("#4477aa", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb")  # of EXACT
