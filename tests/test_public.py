@@ -44,6 +44,7 @@ PUBLIC = [
     "algorithm_from_config",
     "attach",
     "hook",
+    "keep_local",
 ]
 
 
