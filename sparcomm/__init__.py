@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from sparcomm.algorithms.base import Algorithm
     from sparcomm.algorithms.dense import Dense
     from sparcomm.algorithms.hierarchical import Hierarchical
+    from sparcomm.algorithms.majority_vote import MajorityVote
+    from sparcomm.algorithms.onebit import OneBitAllReduce
     from sparcomm.algorithms.spardl import SparDL
     from sparcomm.algorithms.topk import TopKAllGather
     from sparcomm.config import algorithm_from_config
@@ -58,8 +60,10 @@ __all__ = [
     "Hierarchical",
     "HookError",
     "HookState",
+    "MajorityVote",
     "MomentumCorrection",
     "NotInitializedError",
+    "OneBitAllReduce",
     "PeerError",
     "Recorder",
     "Refresh",
@@ -80,6 +84,8 @@ _HOME = {
     "Algorithm": "sparcomm.algorithms.base",
     "Dense": "sparcomm.algorithms.dense",
     "Hierarchical": "sparcomm.algorithms.hierarchical",
+    "MajorityVote": "sparcomm.algorithms.majority_vote",
+    "OneBitAllReduce": "sparcomm.algorithms.onebit",
     "SparDL": "sparcomm.algorithms.spardl",
     "TopKAllGather": "sparcomm.algorithms.topk",
     "algorithm_from_config": "sparcomm.config",

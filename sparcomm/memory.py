@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sparcomm.dtypes import working_dtype
@@ -20,3 +21,9 @@ def nothing_owed(grad: Tensor, workspace: Workspace) -> Tensor | None:
     if grad.dtype == working_dtype(grad.dtype):
         return None
     return workspace.take(grad.numel(), working_dtype(grad.dtype), grad.device).zero_()
+
+
+def owing(grad: Tensor, residual: Tensor | None, workspace: Workspace) -> Tensor:
+    """Gradient + residual in the working dtype, in a buffer of ``workspace``: what becomes the next residual."""
+    out = workspace.take(grad.numel(), working_dtype(grad.dtype), grad.device)
+    return out.copy_(grad) if residual is None else torch.add(residual, grad, out=out)

@@ -180,6 +180,16 @@ class Algorithm(ABC):
         """Whether sum(grad + residual before) == total + sum(residual after) over ranks."""
 
     @property
+    def exact(self) -> bool:
+        """Whether what is conserved is so bit for bit wherever the arithmetic is exact; else to rounding only."""
+        return True
+
+    @property
+    def coarse(self) -> bool:
+        """Whether a rank may still owe much at a position that it has sent: one bit says little, so may a sketch."""
+        return False
+
+    @property
     def static(self) -> bool:
         """Whether message sizes are independent of the step's data."""
         return True

@@ -22,6 +22,9 @@ from sparcomm.bench.world import World
 
 LOOK = 0.5  # seconds between looks at what the other ranks have published
 GRACE = 2.0  # seconds a child has to end by itself after another rank's has failed
+ENDED = "ended because another rank had failed"
+# What a rank may say before the one that failed has said why: its connection broke.
+ECHOES, BROKEN = ("PeerError", "RemoteError", ENDED), "by peer"
 
 
 @dataclass
@@ -91,13 +94,13 @@ class Runner:
         world.set(f"{key}/outcome/{world.rank}", outcome)
         patience = self._options.timeout + PATIENCE
         outcomes = [world.get(f"{key}/outcome/{rank}", patience) for rank in range(world.size)]
-        if any("error" in o for o in outcomes):
-            first = world.get(f"{key}/first", patience)
-            return Row(typed, numel, world.size, error=f"rank {first['rank']}: {first['error']}")
+        if failed := [(o["echo"], o["order"], rank, o["error"]) for rank, o in enumerate(outcomes) if "error" in o]:
+            *_, rank, text = min(failed)
+            return Row(typed, numel, world.size, error=f"rank {rank}: {text}")
         return combine(typed, numel, [o["result"] for o in outcomes])
 
     def _child(self, job: Job, key: str) -> dict[str, Any]:
-        """Runs the rank's child to its end: {"result": ...} or {"error": ...}, which is then published, too."""
+        """Runs the rank's child to its end: {"result": ...}, or {"error": ...} and what ``_publish`` says of it."""
         here, there = self._context.Pipe(duplex=False)
         process = self._context.Process(target=child.run, args=(job, there, 0), daemon=True)
         with _ended(process):
@@ -108,9 +111,9 @@ class Runner:
                 process.join(GRACE)
         if message == "ended":
             message, value = "error", f"{_ending(process.exitcode)}{_last_line(Path(job.log))}"
-        if message == "error":
-            self._publish(key, value)
-        return {message: value}
+        if message == "result":
+            return {"result": value}
+        return {"error": value, **self._publish(key, value)}
 
     def _watch(self, process: Any, connection: Connection, key: str) -> tuple[str, Any]:
         """("result", sample), ("error", text) or ("ended", None)."""
@@ -133,15 +136,14 @@ class Runner:
                 return "error", f"timed out: no step completed in {timeout:g} s, {progress} before that"
             if now - looked > LOOK:
                 looked = now
-                if failed == float("inf") and self._world.store.check([f"{key}/first"]):
+                if failed == float("inf") and self._world.store.check([f"{key}/errors"]):
                     failed = now
             if now - failed > GRACE:
-                return "error", "ended because another rank had failed"
+                return "error", ENDED
 
-    def _publish(self, key: str, text: str) -> None:
-        """Tells the other ranks, and the first to do so is the one that is shown."""
-        if self._world.store.add(f"{key}/errors", 1) == 1:
-            self._world.set(f"{key}/first", {"rank": self._world.rank, "error": text})
+    def _publish(self, key: str, text: str) -> dict[str, Any]:
+        """Tells the other ranks. The first to do so is the one that is shown, unless it only met another's end."""
+        return {"order": self._world.store.add(f"{key}/errors", 1), "echo": text.startswith(ECHOES) or BROKEN in text}
 
 
 def combine(typed: str, numel: int, samples: list[dict[str, Any]]) -> Row:

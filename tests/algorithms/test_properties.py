@@ -78,7 +78,14 @@ def test_sums_are_conserved_replicas_agree_and_traffic_is_cost(size: int, algori
                 before = [None if step == 0 else done[step - 1].residual for done, _, _ in ranks]
                 put_in = sum(with_residual(g, r) for g, r in zip(gradients[step], before, strict=True))
                 left = sum(owed(r.residual, total) for r in reduced)
-                assert torch.equal(put_in, total + left), f"mass lost at n={n}, step {step}"
+                assert conserved(algorithm, put_in, total + left), f"mass lost at n={n}, step {step}"
+
+
+def conserved(algorithm: Algorithm, before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Bit for bit, or to the last few bits of the largest where the algorithm divides."""
+    if algorithm.exact:
+        return torch.equal(before, after)
+    return bool(((before - after).abs() <= 1e-5 * (1 + before.abs().amax())).all())
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -151,7 +158,7 @@ def sends_all(case: Algorithm) -> bool:
     return getattr(case, "density", 1.0) == 1.0 and "guard=False" not in getattr(case, "selector", "")
 
 
-@sweep([(p, c) for p, c in SWEEP if c.conserves and sends_all(c)])
+@sweep([(p, c) for p, c in SWEEP if c.conserves and sends_all(c) and not c.coarse])
 def test_density_one_gives_the_exact_sum(size: int, algorithm: Algorithm) -> None:
     for n in (6, 1000):
         gradients = [[integers(n, rank, 7) for rank in range(size)]]
@@ -177,7 +184,7 @@ def test_every_gradient_dtype(size: int, algorithm: Algorithm, dtype: torch.dtyp
         if algorithm.conserves:
             before = [None if step == 0 else done[0].residual for done, _, _ in ranks]
             put_in = sum(with_residual(g, r) for g, r in zip(gradients[step], before, strict=True))
-            assert torch.equal(put_in, total + sum(owed(r.residual, total) for r in reduced))
+            assert conserved(algorithm, put_in, total + sum(owed(r.residual, total) for r in reduced))
 
 
 @sweep([(p, c) for p, c in SWEEP if p in (2, 7) and c.conserves])
@@ -202,6 +209,8 @@ def test_sent_positions_are_those_whose_mass_left(size: int, algorithm: Algorith
     assert left[ranks[0][0][0].total != 0].all(), "delivered, but sent by nobody"
     for rank, (done, _, _) in enumerate(ranks):
         (reduced,) = done
+        if algorithm.coarse:
+            continue
         residual, mine = owed(reduced.residual, reduced.total), gradients[0][rank]
         if reduced.sent is None:
             assert not residual.any()
@@ -236,10 +245,11 @@ def test_a_non_finite_value_is_known_to_all_ranks(size: int, algorithm: Algorith
         reduced = algorithm.reduce(grad, residual, state, 5, transport)
         return bool(reduced.ok and (where != "sum" or torch.isfinite(written_out(reduced, n)).all()))
 
-    narrow = width_of(algorithm) == "float16" and where == "sum"
+    # Where such a sum does not come about, all ranks agree all the same.
+    bounded = where == "sum" and (width_of(algorithm) == "float16" or algorithm.coarse)
     for wants_total in (True, False):
         verdicts = sim.run(size, functools.partial(rank, wants_total=wants_total)).results
-        assert verdicts == ([verdicts[0]] * size if narrow else [False] * size)
+        assert verdicts == ([verdicts[0]] * size if bounded else [False] * size)
 
 
 @sweep([(p, c) for p, c in SWEEP if p in (2, 3, 8) and c.checked and getattr(c, "density", 0.1) in (0.1, 1.0)])

@@ -38,6 +38,7 @@ NAMES = [
     "support.faulty.Aborting",
     "support.faulty.Faulty:step=1",
     "support.faulty.Leaving:step=0",
+    "support.faulty.Late",
     "support.faulty.Hanging",
     "spardl:density=0.02",
     "topk",
@@ -63,6 +64,7 @@ def test_rows_survive_each_other_and_keep_the_contract() -> None:
         "Aborting": "rank 1: ended by SIGABRT: terminate called after nothing in particular",
         "Faulty": "rank 1: ValueError: this rank",
         "Leaving": "rank 1: ended with exit code 7",
+        "Late": "rank 1: ValueError: this rank",
     }
     assert "timed out: no step completed in 12 s" in failed["Hanging"]["error"]
     for row in rows:

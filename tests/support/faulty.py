@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,6 +39,20 @@ class Aborting(Faulty):
     def fail(self) -> None:
         print("terminate called after nothing in particular", file=sys.stderr, flush=True)
         os.abort()
+
+
+@dataclass(frozen=True)
+class Late(Faulty):
+    """Its connections break long before it says why, so that its peers complain first."""
+
+    name: ClassVar[str] = "late"
+    step: int = 1
+
+    def _reduce(self, grad: Tensor, residual: Tensor | None, state: State, step: int, transport: Transport) -> Reduced:
+        if step == self.step and transport.rank == 1:
+            transport.close()
+            time.sleep(1.2)
+        return super()._reduce(grad, residual, state, step, transport)
 
 
 @dataclass(frozen=True)
