@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparcomm.algorithms.base import Algorithm
+from sparcomm.algorithms.majority_vote import MajorityVote
 from sparcomm.optim.buckets import Bucket
 from sparcomm.optim.collective import CollectiveOptimizer, Sent
 from sparcomm.optim.signs import Params
@@ -30,7 +31,8 @@ class DistributedLion(CollectiveOptimizer):
         lr: by how much every entry moves in every step.
         betas: of the direction and of the momentum.
         weight_decay: decoupled.
-        algorithm: what carries the votes.
+        algorithm: what carries the votes; default ``sparcomm.MajorityVote("negative", "negative")``: zeros and ties go
+            down, as in the published code.
         process_group, transport, timeout: see ``CollectiveOptimizer``.
 
     Raises:
@@ -39,11 +41,14 @@ class DistributedLion(CollectiveOptimizer):
 
     def __init__(
         self, params: Params, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0, *,
-        algorithm: Algorithm, process_group: Any = None, transport: Transport | None = None,
+        algorithm: Algorithm | None = None, process_group: Any = None, transport: Transport | None = None,
         timeout: dt.timedelta | float = 300.0,
     ) -> None:  # fmt: skip
         defaults = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}
-        super().__init__(params, defaults, algorithm, process_group=process_group, transport=transport, timeout=timeout)
+        super().__init__(
+            params, defaults, MajorityVote("negative", "negative") if algorithm is None else algorithm,
+            process_group=process_group, transport=transport, timeout=timeout,
+        )  # fmt: skip
 
     def _outgoing(self, bucket: Bucket, grad: Tensor) -> Tensor:
         m, direction = bucket.named("momentum"), bucket.take()

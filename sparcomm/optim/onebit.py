@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sparcomm.algorithms.base import Algorithm
 from sparcomm.algorithms.dense import Dense
+from sparcomm.algorithms.onebit import OneBitAllReduce
 from sparcomm.errors import ConfigError
 from sparcomm.optim.buckets import Bucket
 from sparcomm.optim.collective import CollectiveOptimizer, Sent
@@ -52,7 +53,7 @@ class OneBitAdam(CollectiveOptimizer):
         weight_decay: decoupled.
         warmup: how many dense steps come first.
         compress: "update" or "momentum", see above.
-        algorithm: what carries the momentum afterwards.
+        algorithm: what carries the momentum afterwards; default ``sparcomm.OneBitAllReduce()``.
         process_group, transport, timeout: see ``CollectiveOptimizer``.
 
     Raises:
@@ -63,7 +64,7 @@ class OneBitAdam(CollectiveOptimizer):
 
     def __init__(
         self, params: Params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 0.0, *, warmup: int, compress: str = "update", algorithm: Algorithm,
+        weight_decay: float = 0.0, *, warmup: int, compress: str = "update", algorithm: Algorithm | None = None,
         process_group: Any = None, transport: Transport | None = None, timeout: dt.timedelta | float = 300.0,
     ) -> None:  # fmt: skip
         if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -72,7 +73,10 @@ class OneBitAdam(CollectiveOptimizer):
             raise ConfigError(f"compress={compress!r}: must be one of {', '.join(COMPRESS)}")
         self.warmup, self.compress = warmup, compress
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, algorithm, process_group=process_group, transport=transport, timeout=timeout)
+        super().__init__(
+            params, defaults, OneBitAllReduce() if algorithm is None else algorithm, process_group=process_group,
+            transport=transport, timeout=timeout,
+        )  # fmt: skip
 
     @property
     def frozen(self) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparcomm.algorithms.base import Algorithm
+from sparcomm.algorithms.majority_vote import MajorityVote
 from sparcomm.optim.buckets import Bucket
 from sparcomm.optim.collective import CollectiveOptimizer, Sent
 from sparcomm.transport.base import Transport
@@ -29,7 +30,8 @@ class SignSGD(CollectiveOptimizer):
         params: parameters, or groups of them.
         lr: by how much every entry moves in every step.
         weight_decay: decoupled.
-        algorithm: what carries the votes. With ``sparcomm.Dense()`` v is the sign of the exact mean, 0 where it is 0.
+        algorithm: what carries the votes; default ``sparcomm.MajorityVote()``, whose options rule zeros and ties. With
+            ``sparcomm.Dense()`` v is the sign of the exact mean, 0 where it is 0.
         process_group, transport, timeout: see ``CollectiveOptimizer``.
 
     Raises:
@@ -37,11 +39,14 @@ class SignSGD(CollectiveOptimizer):
     """
 
     def __init__(
-        self, params: Params, lr: float = 1e-4, weight_decay: float = 0.0, *, algorithm: Algorithm,
+        self, params: Params, lr: float = 1e-4, weight_decay: float = 0.0, *, algorithm: Algorithm | None = None,
         process_group: Any = None, transport: Transport | None = None, timeout: dt.timedelta | float = 300.0,
     ) -> None:  # fmt: skip
         defaults = {"lr": lr, "weight_decay": weight_decay}
-        super().__init__(params, defaults, algorithm, process_group=process_group, transport=transport, timeout=timeout)
+        super().__init__(
+            params, defaults, MajorityVote() if algorithm is None else algorithm, process_group=process_group,
+            transport=transport, timeout=timeout,
+        )  # fmt: skip
 
     def _outgoing(self, bucket: Bucket, grad: Tensor) -> Tensor:
         return grad
@@ -61,7 +66,7 @@ class Signum(CollectiveOptimizer):
         lr: by how much every entry moves in every step.
         momentum: decay of m, which stays on its rank.
         weight_decay: decoupled.
-        algorithm: what carries the votes.
+        algorithm: what carries the votes; default ``sparcomm.MajorityVote()``, whose options rule zeros and ties.
         process_group, transport, timeout: see ``CollectiveOptimizer``.
 
     Raises:
@@ -70,11 +75,14 @@ class Signum(CollectiveOptimizer):
 
     def __init__(
         self, params: Params, lr: float = 1e-4, momentum: float = 0.9, weight_decay: float = 0.0, *,
-        algorithm: Algorithm, process_group: Any = None, transport: Transport | None = None,
+        algorithm: Algorithm | None = None, process_group: Any = None, transport: Transport | None = None,
         timeout: dt.timedelta | float = 300.0,
     ) -> None:  # fmt: skip
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(params, defaults, algorithm, process_group=process_group, transport=transport, timeout=timeout)
+        super().__init__(
+            params, defaults, MajorityVote() if algorithm is None else algorithm, process_group=process_group,
+            transport=transport, timeout=timeout,
+        )  # fmt: skip
 
     def _outgoing(self, bucket: Bucket, grad: Tensor) -> Tensor:
         m = bucket.named("momentum")
