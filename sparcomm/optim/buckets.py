@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparcomm.algorithms.base import Algorithm, State, field_kinds, get_field, set_field
+from sparcomm.clock import Clock
 from sparcomm.dtypes import GRADIENT_DTYPES, working_dtype
 from sparcomm.errors import CheckpointError, GradientError
 from sparcomm.workspace import Workspace
@@ -38,6 +39,7 @@ class Bucket:
         residual: (n,) what this rank owes, or None.
         owner, state: the algorithm that has reduced this bucket last, and what it remembers; None before.
         space: free buffers.
+        clock: seconds spent reducing, per phase.
     """
 
     def __init__(self, number: int, dtype: torch.dtype, device: torch.device, spans: Sequence[Span]) -> None:
@@ -48,7 +50,7 @@ class Bucket:
         self.residual: Tensor | None = None
         self.owner: Algorithm | None = None
         self.state: State | None = None
-        self.space = Workspace()
+        self.space, self.clock = Workspace(), Clock()
 
     def take(self) -> Tensor:
         """(n,), contents undefined; ``space.give`` it back."""
@@ -94,7 +96,7 @@ class Bucket:
             self.space.give(self.residual)
             self.owner, self.residual = algorithm, None
             self.state = algorithm.init(self.numel, self.dtype, self.device, size)
-        self.state.unit, self.state.workspace = self.number, self.space
+        self.state.unit, self.state.workspace, self.state.clock = self.number, self.space, self.clock
         self.state.wants_sent, self.state.wants_total = False, True
         return self.state
 

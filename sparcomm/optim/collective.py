@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime as dt
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
@@ -247,6 +248,13 @@ class CollectiveOptimizer(Optimizer, ABC):
     def traffic(self) -> Traffic:
         """What this rank has sent and received for this optimizer, roll calls included."""
         return Traffic() if self._meeting is None else self._meeting.transport.traffic
+
+    def seconds(self) -> dict[str, float]:
+        """Host seconds spent selecting, coding and on the wire so far, by phase."""
+        found: Counter[str] = Counter()
+        for bucket in self._buckets:
+            found.update(bucket.clock.seconds)
+        return dict(found)
 
     def close(self) -> None:
         """Ends the group that the first step made; later steps raise PeerError. Happens at exit by itself."""
