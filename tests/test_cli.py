@@ -73,7 +73,7 @@ def test_an_unknown_benchmark_is_one_line_that_lists_them(
 
 
 def test_the_benchmarks_are_found() -> None:
-    assert {"gather", "quality", "select", "wire"} <= set(cli.benches())
+    assert {"gather", "quality", "select", "votes", "wire"} <= set(cli.benches())
 
 
 @pytest.mark.parametrize("name", cli.benches())

@@ -24,6 +24,11 @@ Deviations:
   is owed, so that T would feed on itself. An owner whose own gradient exceeds the others' by far is not covered by
   this. There what is owed grows until the mean of |V| exceeds it, and then shrinks, as in all error feedback with
   mean-scaled signs: V - mean|V|·sgn V is shorter than V. With one rank the mean is all there is.
+
+Fault tolerance (a rank that sends a wrong gradient, however large, has one vote) is that of plain votes. With ``scale``
+such a rank still cannot turn a sign, but it can make steps longer; with ``error_feedback`` votes weigh as much as their
+scales, and the owner's values count in full, so it can do what it could to a mean. launch/adversaries.py shows the
+first.
 """
 
 from __future__ import annotations
@@ -143,7 +148,8 @@ class MajorityVote(Algorithm):
         assert isinstance(state, SignumState)
         m = torch.empty_like(state.momentum) if state.superseded is None else state.superseded
         state.superseded = None  # the next call from this state, if this one's is dropped, needs another
-        torch.mul(state.momentum, self.momentum, out=m).add_(grad, alpha=1 - self.momentum)
+        fed = grad if grad.dtype == m.dtype else m.copy_(grad)
+        torch.lerp(state.momentum, fed, 1 - self.momentum, out=m)
         return m, replace(state, momentum=m, superseded=state.momentum)
 
     def _reduce(self, grad: Tensor, residual: Tensor | None, state: State, step: int, transport: Transport) -> Reduced:

@@ -38,6 +38,7 @@ def unpack(words: Tensor, m: int) -> Tensor:
 def support(x: Tensor, width: int, out: Tensor) -> None:
     """The keys that hold a non-zero."""
     keys = check_support(x, width, out)
+    width = min(width, max(x.numel(), 1))  # a longer key holds no more
     filled = torch.zeros(keys * width, dtype=torch.bool, device=x.device)
     filled[: x.numel()] = x != 0
     bits.pack(filled.view(keys, width).any(1), out)

@@ -13,7 +13,16 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 import sparcomm
-from sparcomm import CheckpointError, Dense, Hierarchical, HookState, SparDL, TopKAllGather
+from sparcomm import (
+    CheckpointError,
+    Dense,
+    Hierarchical,
+    HookState,
+    MajorityVote,
+    OneBitAllReduce,
+    SparDL,
+    TopKAllGather,
+)
 from sparcomm.algorithms import Algorithm
 from sparcomm.ddp import checkpoint
 from sparcomm.ddp.checkpoint import Entry, StateDict
@@ -63,6 +72,7 @@ def trained(
 
 PLAIN = SparDL(density=0.05)
 NODES = Hierarchical(outer=PLAIN, local_size=2)
+SIGNUM = MajorityVote(mask=True, scale=True, error_feedback=True, momentum=0.9)
 NESTED = Hierarchical(Halves(), SparDL(density=0.1), groups=((0, 3), (2, 1)))
 
 
@@ -80,6 +90,8 @@ NESTED = Hierarchical(Halves(), SparDL(density=0.1), groups=((0, 3), (2, 1)))
         (SparDL(density=0.1, teams=4, sag="b-sag", values="int8"), 5, "torch", {}),
         (SparDL(density=0.1, teams="auto", values="int8", rounding="stochastic"), 3, "dcp", {}),
         (TopKAllGather(density=0.05, selector="gaussiank(reestimate_every=4)", indices="rice"), 6, "dcp", {}),
+        (SIGNUM, 4, "torch", {}),
+        (OneBitAllReduce(), 3, "dcp", {"memory": sparcomm.MomentumCorrection(0.9)}),
     ],
 )
 def test_a_resumed_run_is_bit_identical(
@@ -95,6 +107,10 @@ def test_a_resumed_run_is_bit_identical(
         narrow = options.get("storage") == "bfloat16"
         assert {t.dtype for t in state["residuals"].values()} == {torch.bfloat16 if narrow else torch.float32}
         assert bool(state["velocity"]) == ("memory" in options)
+        if algorithm == SIGNUM:
+            moments = state["per_element"]["momentum"]
+            assert moments.keys() == state["parameters"].keys()
+            assert all(moment.any() for moment in moments.values())
         if algorithm == NESTED:  # what an algorithm within an algorithm remembers
             assert state["per_element"].keys() == {"inner.seen"}
             assert {int(fields["inner.count"]) for fields in state["shared"].values()} == {8}
