@@ -234,7 +234,8 @@ def build_optimizer(settings: Settings, module: nn.Module) -> torch.optim.Optimi
     if isinstance(chosen, Lion):
         return optim.DistributedLion(groups, betas=betas, **told)
     if isinstance(chosen, OneBitAdam):
-        return optim.OneBitAdam(groups, betas=betas, eps=chosen.eps, warmup=chosen.warmup, **told)
+        own = {"eps": chosen.eps, "warmup": chosen.warmup, "compress": chosen.compress}
+        return optim.OneBitAdam(groups, betas=betas, **own, **told)
     if isinstance(chosen, HeldAdamW):
         return optim.AdamW(groups, lr=chosen.lr, betas=betas, floor=chosen.floor)
     return torch.optim.AdamW(groups, lr=chosen.lr, betas=betas)

@@ -113,6 +113,7 @@ class OneBitAdam(Strict):
     name: Literal["onebit_adam"]
     lr: Annotated[float, Field(gt=0)]
     warmup: Positive
+    compress: Literal["update", "momentum"] = "update"
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
     eps: Annotated[float, Field(gt=0)] = 1e-8
