@@ -46,6 +46,7 @@ PUBLIC = [
     "algorithm_from_config",
     "attach",
     "hook",
+    "keep_local",
 ]
 
 
