@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sparcomm.algorithms.spardl import SparDL
     from sparcomm.algorithms.topk import TopKAllGather
     from sparcomm.config import algorithm_from_config
-    from sparcomm.ddp import HookState, attach, hook
+    from sparcomm.ddp import HookState, attach, hook, keep_local
     from sparcomm.ddp.monitor import Check
     from sparcomm.ddp.schedule import DensityWarmup, Refresh, Schedule
     from sparcomm.ddp.tensorboard import Recorder
@@ -79,6 +79,7 @@ __all__ = [
     "algorithm_from_config",
     "attach",
     "hook",
+    "keep_local",
 ]
 
 _HOME = {
@@ -104,6 +105,7 @@ _HOME = {
     "TopK": "sparcomm.selectors.topk",
     "attach": "sparcomm.ddp",
     "hook": "sparcomm.ddp",
+    "keep_local": "sparcomm.ddp",
 }
 
 

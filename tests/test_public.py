@@ -47,6 +47,7 @@ PUBLIC = [
     "algorithm_from_config",
     "attach",
     "hook",
+    "keep_local",
 ]
 
 

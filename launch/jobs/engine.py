@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from jobs import checkpoint, data, models
 from jobs.group import Group, fingerprint, seed_everything
 from jobs.progress import Display
-from jobs.settings import SGD, CharLM, Digits, HeldAdamW, RMSprop, Schedule, Settings
+from jobs.settings import SGD, CharLM, Digits, HeldAdamW, Lion, OneBitAdam, RMSprop, Schedule, Settings, Signum
 from jobs.traffic import Gradients, trainable
+from sparcomm import optim
 from sparcomm.errors import ConfigError
-from sparcomm.optim import AdamW
 
 Record = dict[str, float]
 
@@ -39,7 +39,7 @@ class Engine:
             bucket_cap_mb=settings.bucket_mb,
         )
         self.optimizer = build_optimizer(settings, self.ddp)
-        self.gradients = Gradients(self.ddp, settings, group.size, self.optimizer)
+        self.gradients = Gradients(self.ddp, settings, group, self.optimizer)
         self.step = 0
         self.seconds = 0.0
         self.history: list[Record] = []
@@ -227,7 +227,15 @@ def build_optimizer(settings: Settings, module: nn.Module) -> torch.optim.Optimi
         return torch.optim.SGD(groups, lr=chosen.lr, momentum=chosen.momentum, nesterov=chosen.nesterov)
     if isinstance(chosen, RMSprop):
         return torch.optim.RMSprop(groups, lr=chosen.lr, alpha=chosen.alpha)
+    told: dict[str, Any] = {"lr": chosen.lr, "algorithm": settings.build_algorithm(), "timeout": settings.timeout}
+    if isinstance(chosen, Signum):
+        return optim.Signum(groups, momentum=chosen.momentum, **told)
     betas = (chosen.beta1, chosen.beta2)
+    if isinstance(chosen, Lion):
+        return optim.DistributedLion(groups, betas=betas, **told)
+    if isinstance(chosen, OneBitAdam):
+        own = {"eps": chosen.eps, "warmup": chosen.warmup, "compress": chosen.compress}
+        return optim.OneBitAdam(groups, betas=betas, **own, **told)
     if isinstance(chosen, HeldAdamW):
-        return AdamW(groups, lr=chosen.lr, betas=betas, floor=chosen.floor)
+        return optim.AdamW(groups, lr=chosen.lr, betas=betas, floor=chosen.floor)
     return torch.optim.AdamW(groups, lr=chosen.lr, betas=betas)

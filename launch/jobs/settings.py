@@ -88,6 +88,41 @@ class RMSprop(Strict):
     weight_decay: ClassVar[float] = 0.0
 
 
+class Signum(Strict):
+    """``sparcomm.optim.Signum``: each rank's own momentum, and the sign of what ``algorithm`` makes of all of them."""
+
+    name: Literal["signum"]
+    lr: Annotated[float, Field(gt=0)]
+    momentum: Fraction = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Lion(Strict):
+    """``sparcomm.optim.DistributedLion``: as Signum, with a direction that is ahead of the momentum."""
+
+    name: Literal["lion"]
+    lr: Annotated[float, Field(gt=0)]
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.99
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+
+class OneBitAdam(Strict):
+    """``sparcomm.optim.OneBitAdam``: ``warmup`` dense steps, then a frozen second moment and a compressed first one."""
+
+    name: Literal["onebit_adam"]
+    lr: Annotated[float, Field(gt=0)]
+    warmup: Positive
+    compress: Literal["update", "momentum"] = "update"
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+
+
+COMMUNICATING = (Signum, Lion, OneBitAdam)
+
+
 class Schedule(Strict):
     """Learning rate: linear warm-up over ``warmup`` steps, then a cosine down to ``floor`` of its peak."""
 
@@ -111,10 +146,13 @@ class Recorded(Strict):
 
 
 class Settings(Strict):
-    """One run. ``batch`` counts samples over all ranks; either ``epochs`` or ``steps`` says how long it is."""
+    """One run. ``batch`` counts samples over all ranks; either ``epochs`` or ``steps`` says how long it is.
+
+    ``algorithm`` carries the gradients, or what optimizers that communicate themselves send in their place.
+    """
 
     task: Annotated[Digits | CharLM, Field(discriminator="name")]
-    optimizer: Annotated[SGD | AdamW | HeldAdamW | RMSprop, Field(discriminator="name")]
+    optimizer: Annotated[SGD | AdamW | HeldAdamW | RMSprop | Signum | Lion | OneBitAdam, Field(discriminator="name")]
     batch: Positive
     epochs: Positive | None = None
     steps: Positive | None = None
@@ -146,6 +184,13 @@ class Settings(Strict):
 
     @model_validator(mode="after")
     def _together(self) -> Settings:
+        if isinstance(self.optimizer, COMMUNICATING):
+            if self.algorithm is None or self.hook != Hook() or self.clip_norm is not None:
+                raise ValueError(
+                    f"optimizer.name={self.optimizer.name!r} communicates itself: it needs an algorithm, and neither "
+                    "hook nor clip_norm, which are about mean gradients, has a meaning"
+                )
+            return self
         if self.algorithm is None and self.hook != Hook():
             raise ValueError("hook: has no effect with algorithm: null")
         if self.algorithm is None and self.record_gradients is not None:
@@ -164,7 +209,7 @@ class Settings(Strict):
         return {**self.model_dump(include={"task", "batch", "seed"}), **names}
 
     def build_algorithm(self) -> Algorithm | None:
-        """The algorithm that carries the gradients; None leaves DDP to its own all-reduce."""
+        """The algorithm that carries the gradients, or the optimizer's part; None leaves DDP to its own all-reduce."""
         if self.algorithm is None:
             return None
         algorithm, recorded = algorithm_from_config(self.algorithm), self.record_gradients

@@ -9,8 +9,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sparcomm
+from jobs.group import Group
 from jobs.settings import Settings
 from sparcomm.optim import AdamW
+from sparcomm.optim.collective import CollectiveOptimizer
 
 
 def dense_bytes(parameters: int, size: int) -> float:
@@ -19,21 +21,27 @@ def dense_bytes(parameters: int, size: int) -> float:
 
 
 class Gradients:
-    """The sparcomm hook of a DDP module, or nothing where the run leaves DDP alone (``algorithm: null``)."""
+    """The sparcomm hook of a DDP module, or an optimizer that communicates itself.
+
+    Neither of them where the run leaves DDP alone (``algorithm: null``).
+    """
 
     def __init__(
-        self, ddp: DistributedDataParallel, settings: Settings, size: int, optimizer: torch.optim.Optimizer
+        self, ddp: DistributedDataParallel, settings: Settings, group: Group, optimizer: torch.optim.Optimizer
     ) -> None:
-        algorithm = settings.build_algorithm()
+        algorithm, self._rank = settings.build_algorithm(), group.rank
         self.hook: sparcomm.HookState | None = None
-        if algorithm is not None:
+        self.optimizer = optimizer if isinstance(optimizer, CollectiveOptimizer) else None
+        if self.optimizer is not None:
+            sparcomm.keep_local(ddp)
+        elif algorithm is not None:
             options = settings.hook.arguments()
             self.hook = sparcomm.attach(ddp, algorithm, optimizer=optimizer, timeout=settings.timeout, **options)
             if isinstance(optimizer, AdamW):
                 optimizer.hook = self.hook
         self._parameters = list(ddp.parameters())
         self._exact = algorithm is None or isinstance(algorithm, sparcomm.Dense)
-        self.per_step = dense_bytes(trainable(ddp), size)
+        self.per_step = dense_bytes(trainable(ddp), group.size)
         self.steps = 0  # counted over resumed parts too
         self.before = 0.0  # bytes of the parts before this one
 
@@ -57,9 +65,8 @@ class Gradients:
     @property
     def bytes_sent(self) -> float:
         """Bytes this rank has sent for gradients since the first step of the run; plain DDP's are computed."""
-        if self.hook is None:
-            return self.per_step * self.steps
-        return self.before + self.hook.traffic.bytes_sent
+        carrier = self.hook or self.optimizer
+        return self.per_step * self.steps if carrier is None else self.before + carrier.traffic.bytes_sent
 
     @property
     def ratio(self) -> float:
@@ -68,26 +75,34 @@ class Gradients:
 
     def seconds(self) -> dict[str, float]:
         """Seconds spent selecting, coding and on the wire since this process started."""
+        if self.optimizer is not None:
+            return self.optimizer.seconds()
         return {} if self.hook is None else dict(self.hook.stats()["seconds"])
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of a checkpoint."""
         hook = None if self.hook is None else self.hook.state_dict()
-        return {"hook": hook, "steps": self.steps, "bytes_sent": self.bytes_sent}
+        own = None if self.optimizer is None else self.optimizer.state_dict()
+        return {"hook": hook, "optimizer": own, "steps": self.steps, "bytes_sent": self.bytes_sent}
 
     def load_state_dict(self, saved: list[dict[str, Any]]) -> None:
         """Takes up what ``state_dict`` gave: one entry for the same number of ranks, else all ranks' entries."""
         if self.hook is not None:
             hooks = [part["hook"] for part in saved]
             self.hook.load_state_dict(hooks[0] if len(hooks) == 1 else hooks)
-            # The hook counts from its own start; the run's count goes on.
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(saved[self._rank % len(saved)]["optimizer"])
+        if self.hook is not None or self.optimizer is not None:
+            # These count from their own start; the run's count goes on.
             self.before = max(part["bytes_sent"] for part in saved)
         self.steps = saved[0]["steps"]
 
     def close(self) -> None:
-        """Ends the hook's thread and group."""
+        """Ends the hook's thread and group, or the optimizer's group."""
         if self.hook is not None:
             self.hook.close()
+        if self.optimizer is not None:
+            self.optimizer.close()
 
 
 def trainable(module: nn.Module) -> int:

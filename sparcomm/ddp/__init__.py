@@ -5,6 +5,7 @@ from __future__ import annotations
 from sparcomm.ddp.attach import attach
 from sparcomm.ddp.distcp import load_distributed
 from sparcomm.ddp.hook import hook
+from sparcomm.ddp.local import keep_local
 from sparcomm.ddp.state import HookState
 
-__all__ = ["HookState", "attach", "hook", "load_distributed"]
+__all__ = ["HookState", "attach", "hook", "keep_local", "load_distributed"]

@@ -73,14 +73,14 @@ def attach(
         algorithm, ddp, scaler=scaler, optimizer=optimizer, memory=memory, warmup=warmup, skip=skip, storage=storage,
         local_clip=local_clip, lr_aware=lr_aware, auto_off=auto_off, check=check, timeout=timeout,
     )  # fmt: skip
-    _register(ddp, state)
+    register(ddp, state, hook)
     state.start()
     state.watch(ddp.parameters(), "register it on the module that is trained: sparcomm.attach(ddp, algorithm)")
     return state
 
 
-def _register(ddp: DistributedDataParallel, state: HookState) -> None:
-    """Takes the module's one hook slot. Raises ConfigError if it is taken."""
+def register(ddp: DistributedDataParallel, state: Any, function: Callable[..., Any]) -> None:
+    """Takes the module's one hook slot for ``function(state, bucket)``. Raises ConfigError if it is taken."""
     hooks: list[tuple[Any, Any]] = ddp._comm_hooks  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
     for entry in list(hooks):
         if isinstance(entry[1], HookState) and entry[1].is_copy:  # left by copy.deepcopy, and never called
@@ -88,7 +88,7 @@ def _register(ddp: DistributedDataParallel, state: HookState) -> None:
             hooks.remove(entry)
     before = list(hooks)
     try:
-        ddp.register_comm_hook(state, hook)
+        ddp.register_comm_hook(state, function)
     except RuntimeError as error:
         hooks[:] = before
         names = ", ".join(getattr(h, "__qualname__", repr(h)) for h, _ in before)

@@ -45,12 +45,16 @@ def test_loss_is_the_mean_over_all_targets(shape: tuple[int, ...]) -> None:
     assert float(loss) == pytest.approx(torch.tensor(10.0).log().item())
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "held_adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "held_adamw", "signum", "lion", "onebit_adam"])
 def test_weight_decay_spares_vectors_and_no_parameter_is_lost(name: str) -> None:
     optimizer = {"name": name, "lr": 0.1, "weight_decay": 0.5}
     data = {"task": {"name": "digits"}, "optimizer": optimizer, "batch": 8, "steps": 1}
     if name == "held_adamw":
         data |= {"hook": {"warmup": {"name": "dense", "steps": 1}}, "algorithm": {"name": "spardl"}}
+    if name in ("signum", "lion", "onebit_adam"):
+        data["algorithm"] = {"name": "majority-vote"}
+    if name == "onebit_adam":
+        optimizer["warmup"] = 2
     settings = validate(data, "test")
     model = build_model(settings.task)
     groups = build_optimizer(settings, model).param_groups
