@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sparcomm.algorithms.hierarchical import Hierarchical
     from sparcomm.algorithms.majority_vote import MajorityVote
     from sparcomm.algorithms.onebit import OneBitAllReduce
+    from sparcomm.algorithms.s2 import S2Reducer
     from sparcomm.algorithms.spardl import SparDL
     from sparcomm.algorithms.topk import TopKAllGather
     from sparcomm.config import algorithm_from_config
@@ -68,6 +69,7 @@ __all__ = [
     "Recorder",
     "Refresh",
     "RemoteError",
+    "S2Reducer",
     "Schedule",
     "SparDL",
     "SparcommError",
@@ -86,6 +88,7 @@ _HOME = {
     "Hierarchical": "sparcomm.algorithms.hierarchical",
     "MajorityVote": "sparcomm.algorithms.majority_vote",
     "OneBitAllReduce": "sparcomm.algorithms.onebit",
+    "S2Reducer": "sparcomm.algorithms.s2",
     "SparDL": "sparcomm.algorithms.spardl",
     "TopKAllGather": "sparcomm.algorithms.topk",
     "algorithm_from_config": "sparcomm.config",

@@ -37,6 +37,7 @@ PUBLIC = [
     "Recorder",
     "Refresh",
     "RemoteError",
+    "S2Reducer",
     "Schedule",
     "SparDL",
     "SparcommError",

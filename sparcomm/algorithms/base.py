@@ -195,6 +195,16 @@ class Algorithm(ABC):
         return True
 
     @property
+    def agreed(self) -> bool:
+        """Whether all ranks know every message's length beforehand, be it from data that the host waits for."""
+        return self.static
+
+    @property
+    def remedy(self) -> str:
+        """What to configure instead where lengths have to be ``agreed``."""
+        return "indices='elias-fano' and a selector of a fixed number, such as 'topk'"
+
+    @property
     def checked(self) -> bool:
         """Whether every byte received is covered by a bag's checksum."""
         return True

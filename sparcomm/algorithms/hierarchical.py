@@ -111,6 +111,11 @@ class Hierarchical(Algorithm):
         return self.inner.static and self.outer.static
 
     @property
+    def agreed(self) -> bool:
+        """If both algorithms' are."""
+        return self.inner.agreed and self.outer.agreed
+
+    @property
     def checked(self) -> bool:
         """If both algorithms are."""
         return self.inner.checked and self.outer.checked

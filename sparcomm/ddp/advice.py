@@ -15,8 +15,8 @@ _told: set[str] = set()
 def warn_if_unsuited(algorithm: Algorithm, options: Options) -> None:
     """Warns, once per kind of optimizer, if a sparse algorithm feeds one of Adam's kind, or momentum comes twice."""
     optimizer = options.optimizer
-    density = getattr(algorithm, "density", 1.0)
-    if optimizer is None or not algorithm.sparse or density >= 0.5:
+    density = getattr(algorithm, "density", None)
+    if optimizer is None or not algorithm.sparse or density is None or density >= 0.5:
         return
     kind = type(optimizer).__name__
     if adaptive(optimizer):

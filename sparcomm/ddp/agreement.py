@@ -35,17 +35,17 @@ def configuration(algorithm: Algorithm, size: int, parameters: Sequence[torch.Te
 
 
 def check_backend(algorithm: Algorithm, backends: str, devices: Iterable[torch.device]) -> None:
-    """Raises ConfigError where message sizes depend on the data, and gradients would travel over NCCL.
+    """Raises ConfigError where lengths are only their senders' to know, and gradients would travel over NCCL.
 
     Args:
         backends: by device type, such as "cpu:gloo,cuda:nccl".
         devices: where gradients are.
     """
     on_nccl = "cuda:nccl" in backends and any(d.type == "cuda" for d in devices)
-    if on_nccl and not algorithm.static:
+    if on_nccl and not algorithm.agreed:
         raise ConfigError(
             f"{algorithm!r} sends messages whose length depends on the data, which NCCL cannot: choose "
-            "indices='elias-fano' and a selector of a fixed number, such as 'topk', or a process group on Gloo"
+            f"{algorithm.remedy}, or a process group on Gloo"
         )
 
 

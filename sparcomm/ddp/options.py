@@ -106,7 +106,7 @@ class Options:
 
     def check_fits(self, algorithm: Algorithm) -> None:
         """Raises ConfigError where the options ask for what ``algorithm`` cannot do."""
-        if self.warmup.varies and not hasattr(algorithm, "density"):
+        if self.warmup.varies and getattr(algorithm, "density", None) is None:
             raise ConfigError(f"warmup={self.warmup!r}: algorithm {algorithm.name!r} has no density to vary")
 
     @property

@@ -38,6 +38,6 @@ class Plan:
         """The one to use for a unit whose algorithm is ``own``."""
         if self.mode != "sparse":
             return self.dense
-        if self.density is None or self.density == getattr(own, "density", self.density):
+        if self.density is None or getattr(own, "density", None) in (None, self.density):
             return own
         return own.with_density(self.density)

@@ -20,6 +20,7 @@ from sparcomm import (
     HookState,
     MajorityVote,
     OneBitAllReduce,
+    S2Reducer,
     SparDL,
     TopKAllGather,
 )
@@ -90,6 +91,8 @@ NESTED = Hierarchical(Halves(), SparDL(density=0.1), groups=((0, 3), (2, 1)))
         (SparDL(density=0.1, teams=4, sag="b-sag", values="int8"), 5, "torch", {}),
         (SparDL(density=0.1, teams="auto", values="int8", rounding="stochastic"), 3, "dcp", {}),
         (TopKAllGather(density=0.05, selector="gaussiank(reestimate_every=4)", indices="rice"), 6, "dcp", {}),
+        (S2Reducer(0.1, "peel", granularity=4), 5, "torch", {}),
+        (S2Reducer(0.05, "projection"), 3, "dcp", {}),
         (SIGNUM, 4, "torch", {}),
         (OneBitAllReduce(), 3, "dcp", {"memory": sparcomm.MomentumCorrection(0.9)}),
     ],

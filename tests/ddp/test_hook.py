@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import sparcomm
-from sparcomm import Dense, HookState, SparDL, TopKAllGather
+from sparcomm import Dense, HookState, S2Reducer, SparDL, TopKAllGather
 from sparcomm.algorithms import Algorithm
 from sparcomm.ddp.checkpoint import entries
 from support.pool import pool
@@ -74,7 +74,11 @@ def like_plain_ddp(rank: int, size: int, algorithm: Algorithm) -> tuple[float, l
     return max(float((p.detach() - w).abs().max()) for p, w in zip(plain.parameters(), weights, strict=True)), weights
 
 
-@pytest.mark.parametrize("algorithm", [Dense(), Dense(native=True), TopKAllGather(density=1.0)], ids=repr)
+@pytest.mark.parametrize(
+    "algorithm",
+    [Dense(), Dense(native=True), TopKAllGather(density=1.0), S2Reducer(decoder="compact"), S2Reducer(decoder="peel")],
+    ids=repr,
+)
 def test_a_lossless_algorithm_trains_as_plain_ddp_does(algorithm: Algorithm) -> None:
     for difference, _ in pool(3).run(like_plain_ddp, algorithm):
         assert difference < 1e-5
