@@ -1,0 +1,31 @@
+"""What ``sparcomm bench feedback`` shows of sketches, at a size at which it takes a second."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sparcomm.bench import feedback
+
+
+def test_only_a_projection_with_new_seeds_keeps_up(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "owed.png"
+    feedback.main(["--size", "2", "--numel", "2000", "--steps", "40", "--json", "--png", str(picture)])
+    rows = {row["decoder"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    owed = {name: row["owed"][-1] for name, row in rows.items()}
+    assert owed["median, fixed seed"] > 1e6
+    assert owed["median, new seeds"] > 1e2
+    assert 2 * owed["projection, new seeds"] < owed["projection, fixed seed"] < 1e2
+    assert owed["compact"] == 0
+    assert owed["peel"] < 1e-5
+    assert rows["projection, new seeds"]["lag"][-1] < 0.3 < rows["projection, fixed seed"]["lag"][-1]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("wrong", [["--steps", "0"], ["--density", "0"], ["--density", "1.5"], ["--ratio", "-1"]])
+def test_wrong_sizes(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        feedback.main(wrong)
+    assert "needs --size" in capsys.readouterr().err
