@@ -8,8 +8,8 @@ embedding rows of a language model's most frequent words are; values are those o
 ``ratio`` cells for each key of the union. Shown are the norm of the summed residual in norms of one step's summed
 gradient, and of the delivered sum's distance from what was fed, relative to it, after a few numbers of steps.
 
-The published decoder (one row, a hash that never changes) is ``median, fixed seed``: a bucket that b keys share delivers
-b times what it should, and error feedback then grows without bound.
+The published decoder (one row, a hash that never changes) is ``median, fixed seed``: a bucket that b keys share
+delivers b times what it should, and error feedback then grows without bound.
 """
 
 from __future__ import annotations

@@ -23,20 +23,19 @@ Deviations, each for a reason:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sparcomm import layout, wire
-from sparcomm.algorithms.base import Algorithm, Cost, Part, Reduced, State, derived, field_kinds, nested, registry
+from sparcomm.algorithms.base import Algorithm, Cost, Part, Reduced, State, field_kinds, registry
 from sparcomm.algorithms.base import write_out as written
+from sparcomm.algorithms.hierarchical.levels import HierarchicalState, Levels
 from sparcomm.codecs.packet import Packet
 from sparcomm.collectives.bags import Bags
 from sparcomm.collectives.dense import Rows, log2_ceil, payloads
-from sparcomm.collectives.nodes import Nodes
 from sparcomm.collectives.slices import Slices, slice_length
 from sparcomm.dtypes import working_dtype
 from sparcomm.errors import ConfigError
@@ -45,26 +44,8 @@ from sparcomm.memory import nothing_owed
 from sparcomm.transport.base import Transport
 
 
-@dataclass
-class HierarchicalState(State):
-    """State of one unit: the cut into slices, and what the two algorithms remember of the unit and of the slice.
-
-    Attributes:
-        slices: one for each rank of a node.
-    """
-
-    inner: State = nested(default_factory=State)
-    outer: State = nested(default_factory=State)
-    slices: Slices | None = derived(default=None)
-
-
-def _named(name: str) -> Algorithm:
-    """An algorithm by its name: files of algorithms do not import one another."""
-    return registry()[name]()
-
-
 @dataclass(frozen=True)
-class Hierarchical(Algorithm):
+class Hierarchical(Levels):
     """``inner`` inside every node, ``outer`` between nodes.
 
     Args:
@@ -76,59 +57,12 @@ class Hierarchical(Algorithm):
     """
 
     name: ClassVar[str] = "hierarchical"
-    inner: Algorithm = field(default_factory=partial(_named, "dense"))
-    outer: Algorithm = field(default_factory=partial(_named, "spardl"))
-    local_size: int | None = None
-    groups: tuple[tuple[int, ...], ...] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("inner", "outer"):
-            given: Any = getattr(self, name)
-            if not isinstance(given, Algorithm):
-                raise ConfigError(f"{name}={given!r}: must be an algorithm, such as sparcomm.Dense()")
-        self.nodes.check_settings()
-
-    # ---- what it is ------------------------------------------------------------------------------------------------
-
-    @property
-    def density(self) -> float:
-        """That of ``outer``, if it has one."""
-        found: float = getattr(self.outer, "density")  # noqa: B009  no algorithm need have one
-        return found
-
-    def with_density(self, density: float) -> Algorithm:
-        """With ``outer`` at another density."""
-        return replace(self, outer=self.outer.with_density(density))
-
-    @property
-    def conserves(self) -> bool:
-        """If both algorithms do."""
-        return self.inner.conserves and self.outer.conserves
-
-    @property
-    def static(self) -> bool:
-        """If both algorithms are."""
-        return self.inner.static and self.outer.static
-
-    @property
-    def agreed(self) -> bool:
-        """If both algorithms' are."""
-        return self.inner.agreed and self.outer.agreed
-
-    @property
-    def checked(self) -> bool:
-        """If both algorithms are."""
-        return self.inner.checked and self.outer.checked
-
-    @property
-    def sparse(self) -> bool:
-        """If one of the algorithms is."""
-        return self.inner.sparse or self.outer.sparse
 
     @classmethod
     def cases(cls, size: int) -> list[Algorithm]:
         """Every number of ranks per node, numbered either way; each kind of algorithm at either level."""
-        dense, topk, spardl = (registry()[name] for name in ("dense", "topk", "spardl"))
+        known = registry()
+        dense, topk, spardl, s2, vote = (known[name] for name in ("dense", "topk", "spardl", "s2", "majority-vote"))
 
         def made(make: Any, **fields: Any) -> Algorithm:
             return make(**fields)
@@ -142,27 +76,11 @@ class Hierarchical(Algorithm):
             found += [cls(made(topk, density=0.3), outers[at], local) for at in (2, 3)]
             if size // local > 1:
                 found.append(cls(outer=made(spardl, density=0.1, teams=size // local, sag="b-sag"), local_size=local))
+                found.append(cls(outer=made(vote, scale=True, error_feedback=True), local_size=local))
+                found.append(cls(outer=made(s2, density=0.1, decoder="projection"), local_size=local))
             dealt = tuple(tuple(range(m, size, size // local)) for m in range(size // local))
             found.append(cls(outer=outers[2], groups=dealt))
         return [*found, cls(made(dense, native=True), outers[2], local_size=size)]
-
-    # ---- nodes -----------------------------------------------------------------------------------------------------
-
-    @property
-    def nodes(self) -> Nodes:
-        """How ranks are cut into nodes."""
-        return Nodes(self.local_size, self.groups)
-
-    def check_size(self, size: int) -> None:
-        """Wants nodes of one size, known to this rank, and algorithms that can run over the ranks that they get."""
-        self.nodes.check_size(size)
-        self.inner.check_size(self.nodes.per_node)
-        self.outer.check_size(size // self.nodes.per_node)
-        self.init(1, torch.float32, torch.device("cpu"), size)
-
-    def surroundings(self) -> dict[str, str]:
-        """The environment's number of ranks per node, where that counts; and what both algorithms say."""
-        return {**self.nodes.surroundings(), **self.inner.surroundings(), **self.outer.surroundings()}
 
     # ---- cost ------------------------------------------------------------------------------------------------------
 
