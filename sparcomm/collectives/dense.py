@@ -41,22 +41,14 @@ def ordered_all_reduce(
     chunk = -(-n // size)
     rows = Rows(chunk, x, bags, transport, clock, workspace)
     with clock.span("code"):
-        whole = n // chunk
-        rows.values[:whole] = x[: whole * chunk].view(whole, chunk)
-        rows.values[whole:] = 0
-        if n % chunk:
-            rows.values[whole, : n % chunk] = x[whole * chunk :]
+        rows.fill(x)
     rows.reduce_scatter()
     with clock.span("code"):
         bags.seal(rows.bags[0])
     with clock.span("wire"):
         transport.all_gather(rows.arrived, rows.bags[0])
     with clock.span("code"):
-        total = payloads(rows.arrived, x.dtype)
-        for rank in range(size):
-            bags.open(rows.arrived[rank], rank)
-            part = out[rank * chunk : (rank + 1) * chunk]
-            part.copy_(total[rank, : part.numel()])
+        rows.collect(out)
     workspace.give(*rows.buffers)
 
 
@@ -70,18 +62,43 @@ class Rows:
     Attributes:
         bags, arrived: (size, words) int32 each.
         buffers: what they lie in, of the workspace, for whoever is done with them to give back.
-        values: (size, chunk), the payloads of ``bags``: row r is to be filled with what rank r shall have.
+        values, came: (size, chunk), the payloads of ``bags``, of which row r is for rank r, and of ``arrived``.
     """
 
     def __init__(
         self, chunk: int, like: Tensor, bags: Bags, transport: Transport, clock: Clock, workspace: Workspace
     ) -> None:
         self._sealer, self._transport, self._clock = bags, transport, clock
-        self._dtype, size = like.dtype, transport.size
+        size = transport.size
         words = wire.HEADER_WORDS + chunk * like.element_size() // wire.WORD
         self.buffers = [workspace.take(size * words, torch.int32, like.device) for _ in range(2)]
         self.bags, self.arrived = (b.view(size, words) for b in self.buffers)
-        self.values = payloads(self.bags, like.dtype)
+        self.values, self.came = (payloads(b, like.dtype) for b in (self.bags, self.arrived))
+
+    def fill(self, x: Tensor) -> None:
+        """Writes a vector of at most size * chunk elements into ``values``, rank after rank, and zeros behind it."""
+        chunk = self.values.shape[1]
+        whole, rest = divmod(x.numel(), chunk)
+        self.values[:whole] = x[: whole * chunk].view(whole, chunk)
+        self.values[whole:] = 0
+        if rest:
+            self.values[whole, :rest] = x[whole * chunk :]
+
+    def exchange(self) -> None:
+        """Seals and sends the rows; what came is still to be opened. Collective."""
+        with self._clock.span("code"):
+            for bag in self.bags:
+                self._sealer.seal(bag)
+        with self._clock.span("wire"):
+            self._transport.all_to_all(self.arrived, self.bags)
+
+    def collect(self, out: Tensor) -> None:
+        """Opens the bags of an all-gather in ``arrived``, and writes what they hold into ``out``, rank after rank."""
+        chunk = self.came.shape[1]
+        for rank in range(self._transport.size):
+            self._sealer.open(self.arrived[rank], rank)
+            part = out[rank * chunk : (rank + 1) * chunk]
+            part.copy_(self.came[rank, : part.numel()])
 
     def reduce_scatter(self) -> Tensor:
         """Sends the rows, and adds what arrives in rank order; sets bags' non-finite bit. Collective.
@@ -89,16 +106,12 @@ class Rows:
         Returns:
             (chunk,) the sum of this rank's part: the payload of ``bags[0]``, which is free again, as all the others.
         """
+        self.exchange()
         with self._clock.span("code"):
-            for bag in self.bags:
-                self._sealer.seal(bag)
-        with self._clock.span("wire"):
-            self._transport.all_to_all(self.arrived, self.bags)
-        with self._clock.span("code"):
-            came, total = payloads(self.arrived, self._dtype), self.values[0]
+            total = self.values[0]
             for rank in range(self._transport.size):
                 self._sealer.open(self.arrived[rank], rank)
-                total.copy_(came[rank]) if rank == 0 else total.add_(came[rank])
+                total.copy_(self.came[rank]) if rank == 0 else total.add_(self.came[rank])
             self._sealer.note_nonfinite(total)
         return total
 

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sparcomm.kernels.interface_bits import BitKernels
 from sparcomm.layout import Layout
 from sparcomm.sparse import Sparse
 
@@ -37,7 +38,7 @@ class Working:
     layout: Layout
 
 
-class Kernels(Protocol):
+class Kernels(BitKernels, Protocol):
     """A module (or object) that implements all loops over n or k for one kind of device. Thread-safe."""
 
     def compensate(

@@ -14,6 +14,21 @@ from torch import Tensor
 from sparcomm import wire
 from sparcomm.errors import SparcommError
 from sparcomm.kernels import bits
+from sparcomm.kernels._bitmaps import (
+    absolute_sum,
+    add_signs,
+    ones,
+    pack,
+    pack_signs,
+    popcount,
+    prefix,
+    rank,
+    spread_signs,
+    support,
+    unite,
+    unpack,
+    vote,
+)
 from sparcomm.kernels._entries import add, gather, scatter, subtract
 from sparcomm.kernels._entries import raise_flag as _raise_flag
 from sparcomm.kernels._entries import saturate as _saturate
@@ -24,7 +39,9 @@ from sparcomm.sparse import Sparse
 
 __all__ = [
     "above",
+    "absolute_sum",
     "add",
+    "add_signs",
     "bitmap_decode",
     "bitmap_encode",
     "checksum",
@@ -39,7 +56,13 @@ __all__ = [
     "merge",
     "merge_sum",
     "narrow",
+    "ones",
+    "pack",
+    "pack_signs",
+    "popcount",
+    "prefix",
     "quantize",
+    "rank",
     "rice_decode",
     "rice_encode",
     "round_stochastic",
@@ -47,9 +70,14 @@ __all__ = [
     "scatter",
     "select",
     "settle",
+    "spread_signs",
     "subtract",
+    "support",
     "survey",
     "top",
+    "unite",
+    "unpack",
+    "vote",
     "widen",
 ]
 

@@ -22,7 +22,19 @@ import sparcomm
 from sparcomm import wire
 from sparcomm.errors import SparcommError
 from sparcomm.kernels import Kernels, cpu, kernels_for, reference
-from sparcomm.kernels.cpu import _code, _compensate, _count, _jit, _quantize, _rice, _round, _select, _sparse, warm
+from sparcomm.kernels.cpu import (
+    _bitmaps,
+    _code,
+    _compensate,
+    _count,
+    _jit,
+    _quantize,
+    _rice,
+    _round,
+    _select,
+    _sparse,
+    warm,
+)
 from sparcomm.layout import contiguous, dealt, whole
 from sparcomm.sparse import Sparse
 from support.kernels import GRADIENTS, data, increasing, same
@@ -98,7 +110,7 @@ def everything(k: Any, dtype: torch.dtype) -> list[torch.Tensor]:
     lists += [short, k.rice_decode(short[:used], 100, 1500, flags), *whole]
     rounded = torch.empty(n, dtype=torch.bfloat16)
     k.round_stochastic(out.to(torch.float32), rounded, 7)
-    checks = [k.checksum(words), k.widen(message, working), rounded]
+    checks = [k.checksum(words), k.widen(message, working), rounded, *signs_and_bitmaps(k, grad)]
     return [
         out,
         sparse_out,
@@ -117,6 +129,31 @@ def everything(k: Any, dtype: torch.dtype) -> list[torch.Tensor]:
         *lists,
         *checks,
     ]
+
+
+def signs_and_bitmaps(k: Any, x: torch.Tensor) -> list[torch.Tensor]:
+    """One call of each kernel of ``interface_bits``; all results but for the last bits of a sum."""
+    n, working = x.numel(), torch.float64 if x.dtype == torch.float64 else torch.float32
+    flags = torch.zeros(1, dtype=torch.uint8)
+    rows, present = (torch.empty(3, wire.bitmap_words(n), dtype=torch.int32) for _ in range(2))
+    k.pack_signs(x, "alternate", 3, 1 << 40, rows[0], None, flags)
+    k.pack_signs(x.flip(0), "positive", 3, 0, rows[1], present[0], flags)
+    k.support(x, 1, rows[2])
+    k.pack(x.abs() > 1, present[1])
+    keys = [torch.empty(wire.bitmap_words(-(-n // width)), dtype=torch.int32) for width in (4, 5)]
+    for width, out in zip((4, 5), keys, strict=True):
+        k.support(x * (x > 2), width, out)
+    outs = [torch.empty_like(rows[0]) for _ in range(4)]
+    k.unite(present[:2], outs[0])
+    present[2] = outs[0]
+    k.vote(rows, None, "negative", 0, 0, outs[1], None)
+    k.vote(rows, present, "alternate", 5, 7, outs[2], outs[3])
+    spread, scale = torch.empty(n, dtype=working), torch.tensor(0.3, dtype=working)
+    k.spread_signs(outs[2], outs[3], scale, spread)
+    k.add_signs(outs[1], None, scale, spread)
+    before, sum_ = k.prefix(outs[0]), k.absolute_sum(x)
+    counted = [k.popcount(outs[0]), before, k.ones(outs[0]), k.rank(outs[0], before, torch.arange(-5, n + 99))]
+    return [*keys, rows, present, *outs, spread, flags, *counted, k.unpack(outs[1], n), sum_.to(torch.float32)]
 
 
 @pytest.mark.parametrize("dtype", GRADIENTS)
@@ -271,7 +308,7 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path: Path, monkey
 
 def compiled() -> dict[str, int]:
     """Compiled variants per kernel."""
-    modules = (_code, _compensate, _count, _quantize, _rice, _round, _select, _sparse)
+    modules = (_bitmaps, _code, _compensate, _count, _quantize, _rice, _round, _select, _sparse)
     functions = [f for module in modules for f in vars(module).values()]
     return {f.__name__: len(f.signatures) for f in functions if hasattr(f, "signatures")}
 

@@ -20,13 +20,36 @@ from sparcomm.dtypes import working_dtype
 from sparcomm.errors import SparcommError
 from sparcomm.kernels.checks import check_code, check_rice, check_rounding, check_scales
 from sparcomm.kernels.cpu import _code, _compensate, _parts, _quantize, _rice, _round, _select, _sparse, working
+from sparcomm.kernels.cpu._arrays import array as _array
+from sparcomm.kernels.cpu._arrays import bits as _bits
+from sparcomm.kernels.cpu._arrays import words as _words
+from sparcomm.kernels.cpu.bitmaps import (
+    absolute_sum,
+    add_signs,
+    ones,
+    pack,
+    pack_signs,
+    popcount,
+    prefix,
+    rank,
+    spread_signs,
+    support,
+    unite,
+    unpack,
+    vote,
+)
 from sparcomm.kernels.cpu.working import CHANGED, SIGNED, Lists
 from sparcomm.kernels.interface import Working
 from sparcomm.layout import Layout
 from sparcomm.sparse import Sparse
 
-_VIEWS = {torch.bfloat16: np.uint16, torch.float16: np.int16}
-_WIDTHS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+__all__ = [
+    "above", "absolute_sum", "add", "add_signs", "bitmap_decode", "bitmap_encode", "checksum", "compensate",
+    "count_above", "deduct", "dequantize", "elias_fano_decode", "elias_fano_encode", "expand", "gather", "merge",
+    "merge_sum", "narrow", "ones", "pack", "pack_signs", "popcount", "prefix", "quantize", "rank", "rice_decode",
+    "rice_encode", "round_stochastic", "sample", "scatter", "select", "settle", "spread_signs", "subtract",
+    "support", "survey", "top", "unite", "unpack", "vote", "widen",
+]  # fmt: skip
 ONE = np.zeros((1, 1), np.int64)  # the slots of a vector that is one block
 _NARROW = {
     torch.float32: _code.narrow_float32,
@@ -270,23 +293,6 @@ def checksum(words: Tensor) -> Tensor:
     if words.numel() < wire.HEADER_WORDS:
         raise SparcommError(f"checksum of {words.numel()} words: needs at least the {wire.HEADER_WORDS} of a header")
     return torch.from_numpy(np.array(_code.checksum(_words(words)), np.uint32).view(np.int32))
-
-
-def _array(tensor: Tensor) -> Any:
-    """A NumPy view; bfloat16 as uint16 and float16 as int16, which NumPy or Numba cannot hold."""
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    if tensor.dtype in _VIEWS:
-        return tensor.view(torch.int16).numpy().view(_VIEWS[tensor.dtype])
-    return tensor.numpy()
-
-
-def _bits(tensor: Tensor) -> Any:
-    return tensor.view(_WIDTHS[tensor.element_size()]).numpy()
-
-
-def _words(tensor: Tensor) -> Any:
-    return tensor.numpy().view(np.uint32)
 
 
 def _work(out: Tensor, layout: Layout, flags: Tensor, floor: Tensor | None, *, writable: bool) -> Lists:

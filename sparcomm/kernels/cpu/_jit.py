@@ -107,22 +107,38 @@ def _bare(context, array):
     return array(array), build
 
 
+def _sixty_four(context, builder, kind, array, place):
+    """The 64 integers from ``array[place]`` on, as a vector, and the type of vectors like it."""
+    integer = ir.IntType(kind.dtype.bitwidth)
+    vector = ir.VectorType(integer, 64)
+    data = context.make_array(kind)(context, builder, array).data
+    loaded = builder.load(builder.bitcast(builder.gep(data, [place]), vector.as_pointer()))
+    loaded.align = integer.width // 8
+    return loaded, vector
+
+
 def _reaching(context, bits, place, floor):
     """Which of the 64 integers from ``bits[place]`` on are at least ``floor``, sign bits apart: one bit each."""
 
     def build(context, builder, signature, args):
-        integer = ir.IntType(signature.args[0].dtype.bitwidth)
-        vector = ir.VectorType(integer, 64)
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        loaded = builder.load(builder.bitcast(builder.gep(data, [args[1]]), vector.as_pointer()))
-        loaded.align = integer.width // 8
-        magnitude = builder.and_(loaded, ir.Constant(vector, [(1 << (integer.width - 1)) - 1] * 64))
+        loaded, vector = _sixty_four(context, builder, signature.args[0], args[0], args[1])
+        magnitude = builder.and_(loaded, ir.Constant(vector, [(1 << (vector.element.width - 1)) - 1] * 64))
         first = builder.insert_element(ir.Constant(vector, ir.Undefined), args[2], ir.IntType(32)(0))
         spread = ir.Constant(ir.VectorType(ir.IntType(32), 64), [0] * 64)
         least = builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), spread)
         return builder.bitcast(builder.icmp_signed(">=", magnitude, least), ir.IntType(64))
 
     return types.uint64(bits, types.int64, bits.dtype), build
+
+
+def _negative(context, bits, place):
+    """Which of the 64 integers from ``bits[place]`` on have their sign bit set: one bit each."""
+
+    def build(context, builder, signature, args):
+        loaded, vector = _sixty_four(context, builder, signature.args[0], args[0], args[1])
+        return builder.bitcast(builder.icmp_signed("<", loaded, ir.Constant(vector, [0] * 64)), ir.IntType(64))
+
+    return types.uint64(bits, types.int64), build
 
 
 def _trailing_zeros(context, word):
@@ -206,6 +222,7 @@ load64: Any = intrinsic(_load64)
 prefetch: Any = intrinsic(_prefetch)
 bare: Any = intrinsic(_bare)
 reaching: Any = intrinsic(_reaching)
+negative: Any = intrinsic(_negative)
 trailing_zeros: Any = intrinsic(_trailing_zeros)
 leading_zeros: Any = intrinsic(_leading_zeros)
 ones: Any = intrinsic(_ones)

@@ -20,9 +20,11 @@ def warm_up() -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, or its process dies
         for dtype in GRADIENT_DTYPES:
             _gradient_kernels(dtype)
+            _sign_kernels(dtype)
         for dtype in (torch.float32, torch.float64):
             _value_kernels(dtype)
         _code_kernels()
+        _bitmap_kernels()
         cpu.round_stochastic(torch.ones(3), torch.empty(3, dtype=torch.bfloat16), 0)
 
 
@@ -75,3 +77,25 @@ def _code_kernels() -> None:
     cpu.checksum(words)
     words = torch.empty(wire.rice_words(3, 100), dtype=torch.int32)
     cpu.rice_decode(words[: cpu.rice_encode(index, 100, words)], 3, 100, flags)
+
+
+def _sign_kernels(dtype: torch.dtype) -> None:
+    x, flags = torch.ones(3, dtype=dtype), torch.zeros(1, dtype=torch.uint8)
+    words, present = torch.empty(1, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
+    for width in (1, 2, 3):  # each its own way
+        cpu.support(x, width, words)
+    out, scale = x.to(working_dtype(dtype)), torch.ones((), dtype=working_dtype(dtype))
+    for other in (None, present):
+        cpu.pack_signs(x, "alternate", 0, 0, words, other, flags)
+        cpu.spread_signs(words, other, scale, out)
+    cpu.absolute_sum(x)
+
+
+def _bitmap_kernels() -> None:
+    rows, words = torch.ones(2, 3, dtype=torch.int32), torch.empty(3, dtype=torch.int32)
+    cpu.unite(rows, words)
+    cpu.vote(rows, None, "alternate", 0, 0, words, None)
+    cpu.vote(rows, rows, "alternate", 0, 0, words, words.clone())
+    cpu.pack(cpu.unpack(words, 96), words)
+    cpu.popcount(words)
+    cpu.rank(words, cpu.prefix(words), cpu.ones(words))
