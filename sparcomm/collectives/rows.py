@@ -16,14 +16,16 @@ from torch import Tensor
 from sparcomm import wire
 from sparcomm.clock import Clock
 from sparcomm.collectives.bags import Bags
+from sparcomm.collectives.bitmap import bitmap_all_reduce, bitmap_traffic
 from sparcomm.collectives.dense import dense_traffic, ordered_all_reduce
+from sparcomm.errors import DamagedBag
 from sparcomm.transport.base import Transport
 from sparcomm.workspace import Workspace
 
 
 def union_traffic(keys: int, union: int, width: int, itemsize: int, size: int) -> tuple[int, int, int]:
     """(rounds, messages, bytes sent per rank) of ``union_all_reduce`` where ``union`` of ``keys`` rows are had."""
-    first = _bitmap_traffic(keys, size)
+    first = bitmap_traffic(keys, size)
     second = dense_traffic(union * width, itemsize, size)
     return first[0] + second[0], first[1] + second[1], first[2] + second[2]
 
@@ -42,36 +44,30 @@ def union_all_reduce(
 
     Returns:
         (u,) int64 increasing, the rows that any rank has, and (u, width) their sums; the same bits on every rank.
+
+    Raises:
+        DamagedBag: bytes that arrived were not what was sent; on devices, too, since the host waits anyway.
     """
-    union = _united(key, keys, bags, transport, clock, workspace)
-    width = value.shape[1]
+    kernels = bags.kernels
+    words = workspace.take(wire.bitmap_words(keys), torch.int32, key.device)
     with clock.span("code"):
-        mine = value.new_zeros(union.numel(), width)
-        mine[torch.searchsorted(union, key)] = value
+        kernels.bitmap_encode(key, keys, words)
+    bitmap_all_reduce(words, words, bags, transport, clock, workspace)
+    _refuse_damage(bags)  # the union of a damaged bitmap would have a size of its own
+    with clock.span("code"):
+        union = kernels.ones(words)
+        mine = value.new_zeros(union.numel(), value.shape[1])
+        mine[kernels.rank(words, kernels.prefix(words), key)] = value
+    workspace.give(words)
     total = torch.empty_like(mine)
     if total.numel():  # all ranks agree on that
         passing = Workspace()  # of other sizes in every step: kept, they would pile up
         ordered_all_reduce(mine.view(-1), total.view(-1), bags, transport, clock, passing)
+        _refuse_damage(bags)
     return union, total
 
 
-def _bitmap_traffic(keys: int, size: int) -> tuple[int, int, int]:
-    words = wire.bitmap_words(keys)
-    if size == 1 or not words:
-        return 0, 0, 0
-    rounds = (size - 1).bit_length()
-    return 1 + rounds, size - 1 + rounds, 2 * (size - 1) * -(-words // size) * wire.WORD
-
-
-def _united(key: Tensor, keys: int, bags: Bags, transport: Transport, clock: Clock, workspace: Workspace) -> Tensor:
-    """The rows that any rank has, increasing."""
-    with clock.span("code"):
-        words = workspace.take(wire.bitmap_words(keys), torch.int32, key.device)
-        bags.kernels.bitmap_encode(key, keys, words)
-    if words.numel() and transport.size > 1:
-        with clock.span("wire"):
-            transport.all_reduce(words, "bor")
-    with clock.span("code"):
-        bits = words.unsqueeze(1) >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
-        workspace.give(words)
-        return bits.view(-1).nonzero().view(-1)
+def _refuse_damage(bags: Bags) -> None:
+    damage = bags.damage()
+    if damage is not None and bool(damage):
+        raise DamagedBag(f"step {bags.step}, unit {bags.unit}: a message that arrived was not what was sent")
