@@ -12,10 +12,12 @@ from sparcomm.clock import Clock
 from sparcomm.collectives.bags import Bags
 from sparcomm.collectives.dense import ordered_all_reduce
 from sparcomm.collectives.rows import union_all_reduce, union_traffic
+from sparcomm.errors import DamagedBag
 from sparcomm.kernels import kernels_for
 from sparcomm.transport import sim
 from sparcomm.transport.base import Transport
 from sparcomm.workspace import Workspace
+from support.sums import Damaging
 
 CPU = torch.device("cpu")
 
@@ -87,6 +89,24 @@ def test_all_ranks_hear_of_what_is_not_finite(size: int, bad: float) -> None:
         return ok or dense_ok
 
     assert sim.run(size, rank).results == [False] * size
+
+
+def test_damaged_bytes_in_any_round_are_an_error() -> None:
+    """Flat bitmap, then the two rounds of the sum: no rank goes on with a union of its own."""
+    for at in range(4):
+
+        def rank(transport: Transport, at: int = at) -> bool:
+            damaging = Damaging(transport, at if transport.rank == 1 else 10**9, seed=at)
+            key, value = rows_of(transport.rank, 300, 2, 0.2, 0, torch.float32)
+            bags = Bags(kernels_for(value), 3, 7, CPU)
+            union_all_reduce(key, value, 300, bags, damaging, Clock(), Workspace())  # type: ignore[arg-type]
+            return damaging.hit
+
+        if at < 3:
+            with pytest.raises(DamagedBag):
+                sim.run(3, rank)
+        else:
+            assert not any(sim.run(3, rank).results)
 
 
 def test_steady_steps_do_not_pile_up_buffers() -> None:
