@@ -132,15 +132,16 @@ class Engine:
             self._lanes[buffer.device] = lane_for(buffer.device)
         lane = self._lanes[buffer.device]
         delivery = Delivery(buffer, lane.future())
-        if bucket.index() == 0:
+        first, last = use.place.of(bucket)
+        if first:
             self._end_step()
         self._open.append(delivery)
         try:
             with Range(f"bucket {bucket.index()}"):
                 if self.failure is None:
-                    if bucket.index() == 0:
+                    if first:
                         self._begin_step(has_joined(ddp))
-                    self._accept(bucket, buffer, delivery, lane, use.of(bucket.parameters(), bucket.is_last()))
+                    self._accept(bucket, last, delivery, lane, use.of(bucket.parameters(), last))
         except Exception as error:  # noqa: BLE001  raising here would leave DDP's reducer unusable for good
             # Behind the jobs for which peers still need this rank. A copy of the name: Python unbinds ``error``.
             self._executor.submit(lambda error=error: self.fail(error, agreed=isinstance(error, agreement.AGREED)))
@@ -175,9 +176,9 @@ class Engine:
         self._step = Step(self.completed, partition, self.reducer, plan, self._on_host)
 
     def _accept(
-        self, bucket: GradBucket, buffer: Tensor, delivery: Delivery, lane: Lane, used: dict[int, bool] | None
+        self, bucket: GradBucket, last: bool, delivery: Delivery, lane: Lane, used: dict[int, bool] | None
     ) -> None:
-        step, params, last = self._step, bucket.parameters(), bucket.is_last()
+        step, params, buffer = self._step, bucket.parameters(), delivery.buffer
         if step is None:
             raise HookError(f"bucket {bucket.index()} came before bucket 0")
         if buffer.layout != torch.strided:

@@ -139,12 +139,15 @@ def trained(rank: int, size: int, hooked: bool, sparse: bool, kind: str, kwargs:
             optimizer.step()
     if hooked:
         assert_replicas(ddp.parameters())
+        assert state.step == 6
         state.close()
     return [p.detach().clone() for p in ddp.parameters()]
 
 
 @pytest.mark.parametrize("kind", ["SGD", "SparseAdam"])
-@pytest.mark.parametrize("kwargs", [{}, {"gradient_as_bucket_view": True, "bucket_cap_mb": 0.001}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"gradient_as_bucket_view": True, "bucket_cap_mb": 0.001}, {"static_graph": True}], ids=str
+)
 def test_training_is_that_of_plain_ddp(kind: str, kwargs: dict[str, Any]) -> None:
     mine, plain = (pool(2).run(trained, hooked, True, kind, kwargs) for hooked in (True, False))
     for ours, theirs in zip(mine[0], plain[0], strict=True):
