@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -27,6 +28,12 @@ class Clock:
     def span(self, phase: str) -> AbstractContextManager[None]:
         """Times the body under ``phase``, one of PHASES; a range ``sparcomm::<phase>`` while a profiler runs."""
         return _Span(self.seconds, phase)
+
+
+def added(clocks: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Seconds by phase, of all of them."""
+    known = list(clocks)
+    return {phase: sum(seconds.get(phase, 0.0) for seconds in known) for phase in PHASES}
 
 
 class Range(AbstractContextManager[None]):

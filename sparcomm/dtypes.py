@@ -20,8 +20,8 @@ def check_gradient(grad: Tensor) -> None:
     """Raises GradientError unless ``grad`` is a dense, contiguous, one-dimensional float tensor."""
     if grad.layout != torch.strided:
         raise GradientError(
-            f"gradient has layout {grad.layout}, but only dense gradients can be compressed: "
-            "use nn.Embedding(..., sparse=False), or keep that parameter out of DDP"
+            f"gradient has layout {grad.layout}, and algorithms take flat dense ones: only the DDP hook sums sparse "
+            "layouts, those of nn.Embedding(..., sparse=True); elsewhere use sparse=False"
         )
     if grad.dtype not in GRADIENT_DTYPES:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in GRADIENT_DTYPES)

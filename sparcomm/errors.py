@@ -3,7 +3,7 @@
     SparcommError
     ├── ConfigError(ValueError)         a setting is wrong: density, algorithm, unknown key, ...
     │   └── ConfigMismatch              ranks were started with different settings
-    ├── GradientError(TypeError)        a gradient that no algorithm can take: integer, complex, sparse layout
+    ├── GradientError(TypeError)        a gradient that cannot be taken: integer, complex, scattered elements
     ├── NotInitializedError             torch.distributed (or the hook's module) is not there yet
     ├── CheckpointError                 a state_dict does not fit
     └── CommunicationError(RuntimeError)

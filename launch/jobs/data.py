@@ -1,10 +1,12 @@
-"""The two data sets, both already on the machine, and the sampler that deals them to the ranks."""
+"""The data sets, all already on the machine, and the sampler that deals them to the ranks."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -18,6 +20,9 @@ from sparcomm.errors import ConfigError
 VOCABULARY = "\n\t" + "".join(map(chr, range(32, 127)))
 UNKNOWN = len(VOCABULARY)  # every other byte
 VALIDATION_EVERY = 10  # one file in ten
+# Names and words, numbers, line ends with the indentation behind them, and any other character by itself.
+_TOKEN = re.compile(rb"[A-Za-z_]\w*|\d+|\n *|[^\w\s]")
+_MULTIPLIER = -7046029254386353131  # odd, with bits all over: 2^64 / golden ratio, as int64 holds it
 
 
 class Samples(Protocol):
@@ -71,6 +76,41 @@ class Windows:
         return window[:, :-1], window[:, 1:]
 
 
+class Grams:
+    """Places in a text of tokens, each with the hashed n-grams in front of it and the class of the token there.
+
+    Args:
+        tokens: (length,) hashes of the tokens, int64 below 2^32.
+        classes: (length,) int64, -1 for tokens that are in no class; those are context only.
+        context: how many tokens in front are taken one by one; those two and three together are behind them.
+        rows: numbers of n-grams are below this.
+        limit: so many places at most, spread over the whole text.
+    """
+
+    def __init__(self, tokens: Tensor, classes: Tensor, context: int, rows: int, limit: int | None = None) -> None:
+        self.tokens, self.classes, self.context, self.rows = tokens, classes, context, rows
+        self.places = context + (classes[context:] >= 0).nonzero().view(-1)
+        if limit is not None and limit < len(self.places):
+            self.places = self.places[torch.arange(limit) * len(self.places) // limit]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, context + 2) int64 numbers of n-grams, nearest tokens first, and (b,) classes."""
+        at = self.places[index]
+        before = self.tokens[at[:, None] - torch.arange(1, self.context + 1)]
+        pair = _mixed(before[:, 0]) ^ before[:, 1]
+        grams = torch.cat([before, pair[:, None], (_mixed(pair) ^ before[:, 2])[:, None]], 1)
+        return _mixed(grams) % self.rows, self.classes[at]
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """int64 hashes of int64 values, non-negative."""
+    x = x * _MULTIPLIER
+    return ((x ^ x >> 29) * _MULTIPLIER >> 16) & (1 << 47) - 1
+
+
 def digits() -> Split:
     """scikit-learn's 1,797 images, standardised, every third held out: (b, 1, 8, 8) float32 and (b,) int64."""
     from sklearn.datasets import load_digits
@@ -95,6 +135,33 @@ def charlm(context: int, validation_windows: int, root: Path | None = None) -> S
         raise ConfigError(f"{root} holds too few *.py files to split: {len(train)} to train on, {len(test)} held out")
     texts = [torch.from_numpy(np.concatenate(files)) for files in (train, test)]
     return Split(Windows(texts[0], context), Windows(texts[1], context, validation_windows))
+
+
+def tokens(context: int, rows: int, classes: int, validation_samples: int, root: Path | None = None) -> Split:
+    """The standard library's tokens, split by file as ``charlm``'s; what is to be told is one of the most frequent.
+
+    Args:
+        context, rows: see ``Grams``.
+        classes: how many of the training text's tokens are told apart, from the most frequent on.
+    """
+    root = root or Path(sysconfig.get_path("stdlib"))
+    names: dict[bytes, int] = {}
+    texts: tuple[list[np.ndarray], list[np.ndarray]] = [], []
+    for path in source_files(root):
+        found = [names.setdefault(token, len(names)) for token in _TOKEN.findall(path.read_bytes())]
+        texts[is_held_out(path.relative_to(root))].append(np.array(found, dtype=np.int64))
+    if not all(texts):
+        raise ConfigError(f"{root} holds too few *.py files to split: {len(texts[0])} to train on")
+    train, test = (torch.from_numpy(np.concatenate(files)) for files in texts)
+    frequent = torch.bincount(train, minlength=len(names)).argsort(descending=True, stable=True)[:classes]
+    number = torch.full((len(names),), -1)
+    number[frequent] = torch.arange(len(frequent))
+    hashed = torch.tensor([zlib.crc32(name) for name in names], dtype=torch.int64)
+    made = [
+        Grams(hashed[text], number[text], context, rows, limit)
+        for text, limit in ((train, None), (test, validation_samples))
+    ]
+    return Split(made[0], made[1])
 
 
 def source_files(root: Path) -> list[Path]:

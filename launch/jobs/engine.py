@@ -14,7 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from jobs import checkpoint, data, models
 from jobs.group import Group, fingerprint, seed_everything
 from jobs.progress import Display
-from jobs.settings import SGD, CharLM, Digits, HeldAdamW, Lion, OneBitAdam, RMSprop, Schedule, Settings, Signum
+from jobs.settings import (
+    SGD, CharLM, Digits, Embedding, HeldAdamW, Lion, OneBitAdam, RMSprop, Schedule, Settings, Signum,
+)  # fmt: skip
 from jobs.traffic import Gradients, trainable
 from sparcomm import optim
 from sparcomm.errors import ConfigError
@@ -205,13 +207,18 @@ def learning_rate(step: int, total: int, schedule: Schedule) -> float:
     return schedule.floor + (1 - schedule.floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def load_data(task: Digits | CharLM) -> data.Split:
+def load_data(task: Digits | CharLM | Embedding) -> data.Split:
     """The task's data."""
+    if isinstance(task, Embedding):
+        return data.tokens(task.context, task.rows, task.classes, task.validation_samples)
     return data.digits() if isinstance(task, Digits) else data.charlm(task.context, task.validation_windows)
 
 
-def build_model(task: Digits | CharLM) -> nn.Module:
+def build_model(task: Digits | CharLM | Embedding) -> nn.Module:
     """The task's model."""
+    if isinstance(task, Embedding):
+        sparse = task.layout == "sparse"
+        return models.GramNet(task.rows, task.width, task.context + 2, task.hidden, task.classes, sparse)
     if isinstance(task, Digits):
         return models.DigitsNet(task.width, task.blocks, task.dropout)
     return models.CharGPT(task.layers, task.width, task.heads, task.context, task.dropout)

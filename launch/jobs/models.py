@@ -1,4 +1,4 @@
-"""The two models: small enough for a laptop, large enough that sending their gradients dense is a waste."""
+"""The models: small enough for a laptop, large enough that sending their gradients dense is a waste."""
 
 from __future__ import annotations
 
@@ -96,6 +96,25 @@ class CharGPT(nn.Module):
         """(b, t) int64 symbols to (b, t, symbols) logits."""
         where = torch.arange(x.shape[1], device=x.device)
         return self.head(self.norm(self.blocks(self.token(x) + self.position(where))))
+
+
+class GramNet(nn.Module):
+    """A table of n-grams and a small network on top: nearly all parameters are the table's, of which a batch uses few.
+
+    Args:
+        grams: how many rows of the table make one input.
+        sparse: the layout of the table's gradient.
+    """
+
+    def __init__(self, rows: int, width: int, grams: int, hidden: int, classes: int, sparse: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(rows, width, sparse=sparse)
+        self.inside, self.head = nn.Linear(grams * width, hidden), nn.Linear(hidden, classes)
+        nn.init.normal_(self.table.weight, std=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, grams) int64 numbers of rows to (b, classes) logits."""
+        return self.head(functional.relu(self.inside(self.table(x).flatten(1))))
 
 
 def loss(logits: Tensor, target: Tensor) -> Tensor:

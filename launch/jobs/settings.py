@@ -48,6 +48,22 @@ class CharLM(Strict):
         return self
 
 
+class Embedding(Strict):
+    """The tokens of Python's standard library, told from the hashed n-grams in front of them: mostly an embedding.
+
+    ``layout`` is that of the embedding's gradient; "sparse" wants an optimizer that takes such a gradient.
+    """
+
+    name: Literal["embedding"]
+    rows: Positive = 24576
+    width: Positive = 32
+    hidden: Positive = 64
+    classes: Positive = 255
+    context: Annotated[int, Field(ge=3)] = 6
+    validation_samples: Positive = 8192
+    layout: Literal["dense", "sparse"] = "dense"
+
+
 class SGD(Strict):
     """Stochastic gradient descent with momentum."""
 
@@ -151,7 +167,7 @@ class Settings(Strict):
     ``algorithm`` carries the gradients, or what optimizers that communicate themselves send in their place.
     """
 
-    task: Annotated[Digits | CharLM, Field(discriminator="name")]
+    task: Annotated[Digits | CharLM | Embedding, Field(discriminator="name")]
     optimizer: Annotated[SGD | AdamW | HeldAdamW | RMSprop | Signum | Lion | OneBitAdam, Field(discriminator="name")]
     batch: Positive
     epochs: Positive | None = None
@@ -196,8 +212,21 @@ class Settings(Strict):
         if self.algorithm is None and self.record_gradients is not None:
             raise ValueError("record_gradients: has no effect with algorithm: null")
         momentum = self.optimizer.momentum if isinstance(self.optimizer, SGD) else 0.0
+        if isinstance(self.task, Embedding) and self.task.layout == "sparse":
+            self._check_sparse()
         self.hook.check_optimizer(self.optimizer.name, momentum, self.clip_norm is not None)
         return self
+
+    def _check_sparse(self) -> None:
+        """Raises ValueError where something does not take gradients of sparse layout."""
+        if self.algorithm is None:
+            raise ValueError("task.layout='sparse' needs an algorithm: what DDP's own sum of rows sends is not counted")
+        if not isinstance(self.optimizer, SGD) or self.optimizer.weight_decay:
+            raise ValueError("task.layout='sparse' wants optimizer.name='sgd' with weight_decay: 0.0")
+        if self.hook.memory.name != "error_feedback":
+            raise ValueError(f"task.layout='sparse' does not go with hook.memory.name={self.hook.memory.name!r}")
+        if self.clip_norm is not None:
+            raise ValueError("task.layout='sparse' does not go with clip_norm: use hook.local_clip")
 
     def identity(self) -> dict[str, Any]:
         """What must stay the same when a run is resumed: a step means something else otherwise."""

@@ -88,7 +88,8 @@ def clip_(
             RuntimeWarning,
             stacklevel=3,
         )
-        norms = [torch.linalg.vector_norm(g, dtype=working_dtype(g.dtype)) for g in grads]
+        flat = [g.coalesce().values() if g.is_sparse else g for g in grads]
+        norms = [torch.linalg.vector_norm(g, dtype=working_dtype(g.dtype)) for g in flat]
         bound = torch.stack([n.to(norms[0].device) for n in norms]).double().norm() if norms else torch.zeros(())
     factor = torch.where(bound.isfinite(), (max_norm / (bound + _EPSILON)).clamp(max=1.0), 1.0)
     if bound.device.type == "cpu" and float(factor) == 1.0:  # within the limit, or not finite: left as it is

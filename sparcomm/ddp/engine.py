@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.futures import Future
 
 from sparcomm.algorithms.base import Algorithm
-from sparcomm.clock import PHASES, Range
+from sparcomm.clock import Range, added
 from sparcomm.ddp import agreement, log
 from sparcomm.ddp.board import Board, ending
 from sparcomm.ddp.clip import NormBound
@@ -31,6 +32,7 @@ from sparcomm.ddp.options import Options
 from sparcomm.ddp.planner import Planner
 from sparcomm.ddp.reduction import Reducer
 from sparcomm.ddp.rollcall import Standing, standing_of
+from sparcomm.ddp.sparse_layout import check_sparse
 from sparcomm.ddp.step import Step
 from sparcomm.ddp.units import Carried, Partition
 from sparcomm.ddp.worker import Inline, Worker
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
 
 T = TypeVar("T")
+Seconds = dict[str, float]  # by phase
 
 
 class Engine:
@@ -74,7 +77,7 @@ class Engine:
         self.completed, self._skipped = 0, 0
         self.failure: BaseException | None = None
         self._parameters = list(parameters)
-        self._retired: dict[str, float] = dict.fromkeys(PHASES, 0.0)  # seconds of units that are gone
+        self._retired: Seconds = {}  # of units that are gone
         if not parameters or any(p.device.type == "cpu" for p in parameters):
             warm_up()  # before anyone waits for anyone: compiling may take longer than a short timeout
         self._open: list[Delivery] = []
@@ -129,15 +132,16 @@ class Engine:
             self._lanes[buffer.device] = lane_for(buffer.device)
         lane = self._lanes[buffer.device]
         delivery = Delivery(buffer, lane.future())
-        if bucket.index() == 0:
+        first, last = use.place.of(bucket)
+        if first:
             self._end_step()
         self._open.append(delivery)
         try:
             with Range(f"bucket {bucket.index()}"):
                 if self.failure is None:
-                    if bucket.index() == 0:
+                    if first:
                         self._begin_step(has_joined(ddp))
-                    self._accept(bucket, buffer, delivery, lane, use.of(bucket.parameters(), bucket.is_last()))
+                    self._accept(bucket, last, delivery, lane, use.of(bucket.parameters(), last))
         except Exception as error:  # noqa: BLE001  raising here would leave DDP's reducer unusable for good
             # Behind the jobs for which peers still need this rank. A copy of the name: Python unbinds ``error``.
             self._executor.submit(lambda error=error: self.fail(error, agreed=isinstance(error, agreement.AGREED)))
@@ -172,23 +176,28 @@ class Engine:
         self._step = Step(self.completed, partition, self.reducer, plan, self._on_host)
 
     def _accept(
-        self, bucket: GradBucket, buffer: Tensor, delivery: Delivery, lane: Lane, used: dict[int, bool] | None
+        self, bucket: GradBucket, last: bool, delivery: Delivery, lane: Lane, used: dict[int, bool] | None
     ) -> None:
-        step, params, last = self._step, bucket.parameters(), bucket.is_last()
+        step, params, buffer = self._step, bucket.parameters(), delivery.buffer
         if step is None:
             raise HookError(f"bucket {bucket.index()} came before bucket 0")
-        check_bucket(buffer, params)
-        with lane.enter(lane.ready(buffer)):
-            if self._building is not None:
-                self.cutter.add_bucket(self._building, params, buffer.dtype, buffer.device, self._source)
-            complete = step.place(params, buffer, delivery, used)
+        if buffer.layout != torch.strided:
+            corrects = self.reducer.options.correction is not None
+            check_sparse(buffer, params, corrects=corrects, on_nccl=not self._on_host)
+            jobs = [step.place_rows(buffer, delivery)]
+        else:
+            check_bucket(buffer, params)
+            with lane.enter(lane.ready(buffer)):
+                if self._building is not None:
+                    self.cutter.add_bucket(self._building, params, buffer.dtype, buffer.device, self._source)
+                jobs = [partial(step.reduce, unit) for unit in step.place(params, buffer, delivery, used)]
         if last:
             step.check_complete()
             delivery.expect(1)  # the last bucket goes back behind the commit, so that backward() ends behind it too
             self._adopt()
             self._step = None
-        for unit in complete:
-            self._submit(lane, buffer, lambda unit=unit: step.reduce(unit))
+        for job in jobs:
+            self._submit(lane, buffer, job)
         if last:
             self._submit(lane, buffer, lambda: self._commit(step, delivery))
 
@@ -201,7 +210,7 @@ class Engine:
                     f"{len(lost)} parameters that were reduced before are in no bucket of step {self.completed}: one "
                     "HookState serves one DDP module, whose parameters stay the same"
                 )
-            self._retired = self.seconds()
+            self._retired = self._seconds_of_units()
             self.partition, self._building = self._building, None
             self.carried = self._source = Carried()
             if self.partition.final:
@@ -304,17 +313,16 @@ class Engine:
 
         ``origin`` stands for the units: if ranks cut their gradients differently, Gloo aborts the process.
         """
-        self._retired = self.seconds()
+        self._retired = self._seconds_of_units()
         self.partition, self.carried, self.completed = partition, carried, completed
         self._unverified, self._origin = True, origin
 
-    def seconds(self) -> dict[str, float]:
-        """Host seconds by phase, of all units so far."""
-        total = dict(self._retired)
-        for unit in self.partition.units:
-            for phase, seconds in unit.state.clock.seconds.items():
-                total[phase] = total.get(phase, 0.0) + seconds
-        return total
+    def seconds(self) -> Seconds:
+        """Host seconds by phase, of all units and gradients of sparse layout so far."""
+        return added([self._seconds_of_units(), self.reducer.clock.seconds])
+
+    def _seconds_of_units(self) -> Seconds:
+        return added([self._retired, *(unit.state.clock.seconds for unit in self.partition.units)])
 
     @property
     def skipped(self) -> int:

@@ -46,7 +46,9 @@ class CudaLane(Lane):
     def ready(self, buffer: Tensor) -> torch.cuda.Event:
         """An event of the current stream. ``buffer``'s memory is kept until the side stream is done with it."""
         event = self.ready_now()
-        buffer.record_stream(self.stream)
+        parts = (buffer,) if buffer.layout == torch.strided else (buffer._indices(), buffer._values())  # noqa: SLF001
+        for part in parts:
+            part.record_stream(self.stream)
         return event
 
     def ready_now(self) -> torch.cuda.Event:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparcomm.algorithms.base import State
+from sparcomm.clock import Clock
 from sparcomm.ddp.mean import write_mean
 from sparcomm.ddp.monitor import Monitor
 from sparcomm.ddp.options import Options
@@ -44,6 +45,7 @@ class Reducer:
         numel: elements of the whole model, as far as known; a local limit of norm is shared out by it.
         norms: squares of this rank's norms by unit number, of the step under way: what the algorithm was fed.
         records_norms: whether they are wanted; measuring them is a pass over the gradient.
+        clock, workspace: of what belongs to no unit (``sparse_layout.py``).
     """
 
     def __init__(self, options: Options, transport: Transport, monitor: Monitor | None = None, numel: int = 0) -> None:
@@ -51,6 +53,7 @@ class Reducer:
         self.storage = Storage(options.storage)
         self.norms: dict[int, Tensor] = {}
         self.records_norms = True
+        self.clock, self.workspace = Clock(), Workspace()
 
     def run(self, unit: Unit, grad: Tensor, plan: Plan, number: int, used: Sequence[bool] | None = None) -> Pending:
         """Overwrites ``grad`` (n,) with the mean over ranks; returns what is then pending.
@@ -61,10 +64,9 @@ class Reducer:
         transport, space = self.transport, unit.state.workspace
         transport.context = f"step {number}, unit {unit.number}"
         counted = vars(transport.traffic).copy()
-        work = self._local_gradient(grad, plan, space)
+        work = self.local_gradient(grad, plan, grad.numel(), space)
         fed, velocity = self._fed(work, unit, plan, space, number)
-        if self.records_norms:
-            self.norms[unit.number] = torch.linalg.vector_norm(fed, dtype=working_dtype(fed.dtype)).double().square()
+        self.record_norm(unit.number, fed)
         idle = [] if used is None else self._idle(unit, used)
         before = None if plan.mode == "dense" else self.owed(unit, plan.rates, space)
         owed = self._hide(before, idle, fed, velocity, plan, space)
@@ -89,19 +91,29 @@ class Reducer:
 
     # ---- before --------------------------------------------------------------------------------------------------
 
-    def _local_gradient(self, grad: Tensor, plan: Plan, space: Workspace) -> Tensor:
-        """The gradient without its loss scale and within its norm. ``grad`` itself may be changed: it is a bucket."""
+    def record_norm(self, number: int, fed: Tensor) -> None:
+        """Keeps the square of the norm of what was fed under ``number``, if norms are wanted."""
+        if self.records_norms:
+            self.norms[number] = torch.linalg.vector_norm(fed, dtype=working_dtype(fed.dtype)).double().square()
+
+    def local_gradient(self, grad: Tensor, plan: Plan, numel: int, space: Workspace | None = None) -> Tensor:
+        """The gradient without its loss scale and within its norm. ``grad`` itself may be changed: it is a bucket.
+
+        Args:
+            numel: elements of the parameters, whose share of the limit it has.
+            space: lends the buffer that 16-bit gradients need.
+        """
         limit = self.options.local_clip
         if plan.joined or (plan.scale is None and limit is None):
             return grad
         work, working = grad, working_dtype(grad.dtype)
         if plan.scale is not None:
             if grad.dtype != working:  # unscaled values may be below what 16 bits hold
-                work = space.take(grad.numel(), working, grad.device).copy_(grad)
+                work = (space or Workspace()).take(grad.numel(), working, grad.device).copy_(grad)
             work.div_(plan.scale.to(grad.device, non_blocking=True))
         if limit is not None:
             # Not by the partition's own count: it may still be growing while its first unit is reduced.
-            bound = limit * math.sqrt(grad.numel() / max(self.numel, 1))
+            bound = limit * math.sqrt(numel / max(self.numel, 1))
             norm = torch.linalg.vector_norm(work, dtype=working_dtype(work.dtype))
             factor = (bound / norm).clamp_(max=1.0)  # NaN or inf / inf stays not finite, and is found as such
             if grad.device.type != "cpu" or float(factor) != 1.0:

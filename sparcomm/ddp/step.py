@@ -7,7 +7,7 @@ gradient scaler skips whole steps, not buckets, so a step in which one bucket ov
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from sparcomm.clock import Range
 from sparcomm.ddp.delivery import Delivery
 from sparcomm.ddp.plan import Plan
 from sparcomm.ddp.reduction import Pending, Reducer
+from sparcomm.ddp.sparse_layout import FIRST, reduce_rows
 from sparcomm.ddp.units import Partition, Unit
 from sparcomm.errors import HookError
 
@@ -57,6 +58,8 @@ class Step:
         self._reducer, self._on_host = reducer, on_host
         self._arrivals: dict[Unit, Arrival] = {}
         self._pending: list[Pending] = []
+        self._rows = 0  # buckets of sparse layout that have come
+        self._rows_ok: list[Tensor] = []
         reducer.norms.clear()
 
     # ---- gradients come in (the hook's thread) -------------------------------------------------------------------
@@ -92,6 +95,20 @@ class Step:
         delivery.expect(len(touched))
         return sorted((u for u in touched if not self._arrivals[u].missing), key=lambda u: u.number)
 
+    def place_rows(self, buffer: Tensor, delivery: Delivery) -> Callable[[], None]:
+        """Takes in a bucket of sparse layout, which is no unit's; returns the job that reduces and delivers it."""
+        number = FIRST + self._rows
+        self._rows += 1
+        delivery.expect(1)
+
+        def job() -> None:
+            with Range("rows"):
+                delivery.buffer, ok = reduce_rows(buffer, self._reducer, self.plan, self.number, number)
+            self._rows_ok.append(ok)
+            delivery.arrive()
+
+        return job
+
     def check_complete(self) -> None:
         """Raises HookError if the last bucket has come and a unit still misses parameters."""
         for unit in self.partition.units:
@@ -119,14 +136,15 @@ class Step:
 
     def commit(self) -> Tensor:
         """Makes what is pending count if every unit was finite on every rank, else drops it; returns that flag, ()."""
+        oks = [*(p.ok for p in self._pending), *self._rows_ok]
         if self._on_host:
-            good = all(bool(p.ok) for p in self._pending)
+            good = all(bool(ok) for ok in oks)
             if good:
                 self._swap()
             else:
                 self.drop()
             return torch.tensor(good)
-        good = _all([p.ok for p in self._pending])
+        good = _all(oks)
         for p in self._pending:
             here = good.to(p.unit.device, non_blocking=True)
             p.residual = self._reducer.storage.select(here, p.residual, p.unit.residual)

@@ -12,6 +12,7 @@ import sparcomm
 from sparcomm import Dense, HookState, SparDL
 from sparcomm.algorithms import Algorithm
 from sparcomm.ddp.delivery import Delivery
+from support.modes import debts, over_ranks
 from support.pool import pool
 from support.training import SIZES, Fed, Halves, gradient_step, integers, net_step, small_net, wrap
 
@@ -51,6 +52,28 @@ def nothing_kept(rank: int, size: int) -> None:
 
 def test_no_bucket_outlives_its_step() -> None:
     pool(1).run(nothing_kept)
+
+
+def static_at_first(rank: int, size: int) -> None:
+    """A static graph's first iteration, in which DDP calls every bucket number 0: one step, which counts whole."""
+    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float32, torch.float64, torch.float32]
+    ddp = wrap(Fed(SIZES, dtypes), static_graph=True)
+    state = sparcomm.attach(ddp, Halves(), timeout=TIMEOUT)
+    fed, means = ([torch.zeros(n) for n in SIZES] for _ in range(2))
+    for step in range(4):
+        gradients = integers(SIZES, rank, step)
+        for i, mean in enumerate(gradient_step(ddp, gradients)):
+            fed[i] += gradients[i]
+            means[i] += mean.float()
+        assert state.stats()["steps"] == state.step == step + 1
+    everything, owed = over_ranks(fed), over_ranks(debts(state, SIZES))
+    for i in range(len(SIZES)):
+        assert torch.equal(everything[i], size * means[i].double() + owed[i]), i
+    state.close()
+
+
+def test_the_first_step_of_a_static_graph_with_several_buckets_is_one_step() -> None:
+    pool(2).run(static_at_first)
 
 
 EDGES = [(1,), (0,), (0, 3), (5, 0, 0, 700)]

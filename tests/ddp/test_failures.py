@@ -291,16 +291,6 @@ def test_a_rank_that_attaches_too_late_is_named() -> None:
     pool(2).run(late)
 
 
-class Embedding(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(20, 4, sparse=True)
-        self.out = nn.Linear(4, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(self.table(x)).sum()
-
-
 class Complex(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -310,23 +300,21 @@ class Complex(nn.Module):
         return (self.p.abs() * x).sum()
 
 
-def wrong_gradient(rank: int, size: int, kind: str) -> tuple[str, str]:
-    ddp = wrap(Embedding() if kind == "sparse" else Complex())
+def wrong_gradient(rank: int, size: int) -> tuple[str, str]:
+    ddp = wrap(Complex())
     state = sparcomm.attach(ddp, Dense(), timeout=TIMEOUT)
-    x = torch.tensor([1, 2]) if kind == "sparse" else torch.ones(4)
     with pytest.raises(RuntimeError, match=r"sparcomm\.HookError.*GradientError") as caught:
-        ddp(x).backward()
+        ddp(torch.ones(4)).backward()
     with pytest.raises((GradientError, RemoteError), match="gradient has") as original:
         state.raise_if_failed()
     state.close()
     return str(caught.value), str(original.value)
 
 
-@pytest.mark.parametrize(("kind", "remedy"), [("sparse", r"sparse=False"), ("complex", r"view_as_complex")])
-def test_a_gradient_that_cannot_be_compressed_says_what_to_do(kind: str, remedy: str) -> None:
-    for in_backward, original in pool(2).run(wrong_gradient, kind):
-        assert remedy in in_backward
-        assert remedy in original
+def test_a_gradient_that_cannot_be_compressed_says_what_to_do() -> None:
+    for in_backward, original in pool(2).run(wrong_gradient):
+        assert "view_as_complex" in in_backward
+        assert "view_as_complex" in original
 
 
 def no_bucket(rank: int, size: int) -> None:

@@ -71,6 +71,49 @@ def test_the_split_depends_on_the_path_alone(library: Path) -> None:
     assert before.items() <= after.items()
 
 
+TEXT = "import os\n\nx = os.path.join(1, 23)\nif x:\n    print(x)\n"
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """20 files of one text, with a name of its own in each."""
+    for i in range(20):
+        (tmp_path / f"module{i}.py").write_text(TEXT + f"name{i}\n")
+    return tmp_path
+
+
+def test_tokens_are_told_from_those_in_front_of_them(sources: Path) -> None:
+    split = data.tokens(context=3, rows=1 << 40, classes=5, validation_samples=1000, root=sources)
+    for samples in split:
+        x, y = samples.take(torch.arange(len(samples)))
+        assert x.shape == (len(samples), 5)
+        assert (x.dtype, y.dtype) == (torch.int64, torch.int64)
+        assert int(x.min()) >= 0
+        assert set(y.tolist()) == set(range(5))
+    # A class and an n-gram have the same number in both parts.
+    parts = [samples.take(torch.arange(len(samples))) for samples in split]
+    train, test = ({tuple(row) for row in torch.cat([x, y[:, None]], 1).tolist()} for x, y in parts)
+    assert train & test
+    everything = len(split.train) + len(split.test)
+    fewer = data.tokens(context=3, rows=100, classes=2, validation_samples=7, root=sources)
+    assert len(fewer.test) == 7
+    assert len(fewer.train) + 7 < everything
+    assert int(fewer.train.take(torch.arange(len(fewer.train)))[0].max()) < 100
+
+
+def test_ngrams_are_hashed_by_what_they_hold() -> None:
+    tokens = torch.tensor([1, 2, 3, 1, 2, 3, 9, 2, 3, 7, 3, 2])
+    classes = torch.full((12,), -1)
+    classes[torch.tensor([3, 6, 9, 11])] = torch.tensor([0, 1, 2, 3])
+    x, y = data.Grams(tokens, classes, 3, 1 << 40).take(torch.arange(4))
+    assert y.tolist() == [0, 1, 2, 3]
+    assert torch.equal(x[0], x[1])  # 1 2 3 and 1 2 3
+    assert (x[1] == x[2]).tolist() == [True, True, False, True, False]  # 1 2 3 and 9 2 3
+    assert (x[2] == x[3]).tolist() == [True, False, False, False, False]  # 9 2 3 and 3 7 3
+    assert len(set(x.flatten().tolist())) == 10  # 1 2 3 7 9, 23 73, 123 923 373
+    assert len(data.Grams(tokens, classes, 4, 10)) == 3
+
+
 def test_the_standard_library_is_there() -> None:
     split = data.charlm(context=128, validation_windows=64)
     assert len(split.train) > 10_000
@@ -79,6 +122,11 @@ def test_the_standard_library_is_there() -> None:
     assert x.shape == y.shape == (2, 128)
     assert torch.equal(x[:, 1:], y[:, :-1])
     assert int(x.max()) <= data.UNKNOWN
+    grams = data.tokens(context=6, rows=24576, classes=255, validation_samples=64)
+    assert len(grams.train) > 100_000
+    x, y = grams.train.take(torch.arange(0, len(grams.train), len(grams.train) // 64))
+    assert 0.01 < len(x.unique()) / 24576 < 0.02  # a small batch touches few of the rows
+    assert int(y.max()) < 255
 
 
 def test_a_folder_without_source_is_an_error(tmp_path: Path) -> None:

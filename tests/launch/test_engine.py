@@ -10,7 +10,7 @@ import torch
 from jobs import models
 from jobs.engine import build_model, build_optimizer, learning_rate
 from jobs.group import fingerprint, seed_everything
-from jobs.settings import CharLM, Digits, Schedule, validate
+from jobs.settings import CharLM, Digits, Embedding, Schedule, validate
 from jobs.traffic import dense_bytes, trainable
 
 
@@ -26,6 +26,19 @@ def test_charlm_model_has_the_size_that_compression_is_for() -> None:
     assert 1_000_000 < trainable(model) < 3_000_000
     assert not list(model.buffers())
     assert model(torch.zeros(2, 16, dtype=torch.long)).shape == (2, 16, 98)
+
+
+def test_the_gram_model_is_mostly_its_table() -> None:
+    for layout in ("dense", "sparse"):
+        model = build_model(Embedding(name="embedding", layout=layout))
+        assert model.table.weight.numel() > 0.95 * trainable(model)
+        x = torch.randint(0, 24576, (5, 8))
+        logits = model(x)
+        assert logits.shape == (5, 255)
+        models.loss(logits, torch.zeros(5, dtype=torch.long)).backward()
+        grad = model.table.weight.grad
+        assert grad.is_sparse == (layout == "sparse")
+        assert set(grad.to_dense().abs().sum(1).nonzero().view(-1).tolist()) <= set(x.flatten().tolist())
 
 
 def test_charlm_sees_no_later_character() -> None:

@@ -137,6 +137,18 @@ TINY_CHARLM = [
 
 
 @pytest.mark.timeout(240)
+def test_rows_travel_alone_in_the_embedding_job(tmp_path: Path) -> None:
+    """The table's gradient of sparse layout, the rest dense by the backend's own all-reduce."""
+    settings = ["task.layout=sparse", "steps=30", "evaluate_every=0", "schedule.warmup=0", f"output={tmp_path}"]
+    done = finish(demo.CONFIGS / "embedding-dense.yaml", 2, settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = report.read(tmp_path)["summary"]
+    assert summary["identical"]
+    assert summary["scores"]["accuracy"] > 0.12  # the most frequent class has 0.075
+    assert summary["ratio"] > 9
+
+
+@pytest.mark.timeout(240)
 def test_the_demo_puts_both_arms_side_by_side(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert (
         demo.main(["--task", "charlm", "--ranks", "2", "--output", str(tmp_path), *TINY_CHARLM, "tensorboard=true"])

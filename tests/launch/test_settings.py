@@ -104,6 +104,9 @@ def test_an_override_can_change_the_whole_section(tmp_path: Path) -> None:
     assert load(write(tmp_path), ["algorithm=null"]).build_algorithm() is None
 
 
+SPARSE = "task={name: embedding, layout: sparse}"
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -159,6 +162,12 @@ def test_an_override_can_change_the_whole_section(tmp_path: Path) -> None:
         (["algorithm=null", "hook.auto_off=true"], ["hook", "algorithm: null"]),
         (["optimizer.momentum=0.0", "hook.memory={name: adam_correction}", "clip_norm=1.0"], ["local_clip"]),
         (["optimizer={name: held_adamw, lr: 0.1}"], ["held_adamw", "refresh"]),
+        (["task={name: embedding, context: 2}"], ["task.context=2", "greater than or equal to 3"]),
+        ([SPARSE, "algorithm=null"], ["task.layout", "algorithm"]),
+        ([SPARSE, "optimizer.weight_decay=0.1"], ["task.layout", "weight_decay: 0.0"]),
+        ([SPARSE, "optimizer={name: rmsprop, lr: 0.1}"], ["task.layout", "optimizer.name='sgd'"]),
+        ([SPARSE, "optimizer.momentum=0.0", "hook.memory={name: adam_correction}"], ["task.layout", "adam_correction"]),
+        ([SPARSE, "clip_norm=1.0"], ["clip_norm", "hook.local_clip"]),
         (["batchh=1", "optimizer.lrr=1.0"], ["'batchh'", "'optimizer.lrr'"]),
     ],
 )
