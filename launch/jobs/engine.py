@@ -15,7 +15,17 @@ from jobs import checkpoint, data, models
 from jobs.group import Group, fingerprint, seed_everything
 from jobs.progress import Display
 from jobs.settings import (
-    SGD, CharLM, Digits, Embedding, HeldAdamW, Lion, OneBitAdam, RMSprop, Schedule, Settings, Signum,
+    SGD,
+    CharLM,
+    Digits,
+    Embedding,
+    HeldAdamW,
+    Lion,
+    OneBitAdam,
+    RMSprop,
+    Schedule,
+    Settings,
+    Signum,
 )  # fmt: skip
 from jobs.traffic import Gradients, trainable
 from sparcomm import optim
