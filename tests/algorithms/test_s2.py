@@ -158,6 +158,18 @@ def test_keys_of_what_rounding_left_do_not_travel() -> None:
 # ---- sketches --------------------------------------------------------------------------------------------------------
 
 
+def test_keys_of_what_rounding_left_wait_while_magnitudes_fall() -> None:
+    n, width, size = 4096, 4, 3
+    gradients = [
+        [rows_of(n, width, [(50 * step + 7 * i + rank) % 1024 for i in range(7)], rank, step, 2.0 ** (-step % 8))
+         for rank in range(size)]
+        for step in range(16)
+    ]  # fmt: skip
+    for done, _, _ in simulate(S2Reducer(decoder="peel", granularity=width), gradients):
+        assert max(reduced.state.union for reduced in done) <= 7 * size
+        assert 0 < float(done[-1].residual.abs().max()) < 1e-5
+
+
 def fed_constantly(algorithm: S2Reducer, steps: int, marks: tuple[int, ...]) -> tuple[dict[int, float], float]:
     """(norm of the summed residual after the steps ``marks``, relative error of the mean of all totals).
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sparcomm.algorithms.s2 import S2Reducer
 
 SALT = 0x5332
+DUST = 256  # units: less than that rounding may have left, while the unit was up to so many times larger
 
 
 class Run:
@@ -212,14 +213,18 @@ class Run:
     def _fixed(self, exponent: int, limit: int) -> Tensor:
         """``value`` as integers. Keys that become nothing are left out where no selector has chosen them.
 
-        Else the keys of what rounding left of all steps so far would have to travel in every further one.
+        So are those that only owe what rounding has left: as magnitudes fall the unit does, too, and all keys that ever
+        had a gradient would travel for the dust on them. They wait for their next gradient.
         """
         fixed = torch.empty(self.value.shape, dtype=torch.int32, device=self.value.device)
         self.kernels.to_fixed(self.value, exponent, limit, fixed)
         if not self.planner.natural or self.residual is None:
             return fixed
         width = self.keys.width
-        kept = (fixed.view(-1, width) != 0).any(1) | ~self.value.view(-1, width).isfinite().all(1)
+        fed = torch.empty_like(self.words)
+        self.kernels.support(self.grad, width, fed)
+        least = torch.where(self.kernels.unpack(fed, self.keys.count)[self.key], 1, DUST)
+        kept = (fixed.view(-1, width).abs().amax(1) >= least) | ~self.value.view(-1, width).isfinite().all(1)
         self.key, self.value = self.key[kept], self.value.view(-1, width)[kept].view(-1)
         self.index = self._elements(self.key)
         self.kernels.bitmap_encode(self.key, self.keys.count, self.words)
