@@ -77,6 +77,20 @@ def test_any_support_gives_the_bits_of_the_dense_sum(data: st.DataObject) -> Non
     assert [state.union for _, state, _ in ranks] == [len(keys)] * size
 
 
+def test_negative_zeros_are_zeros() -> None:
+    """They make no key, and differ from the dense sum's in their sign only."""
+    gradients = [[rows_of(99, 8, [1, 3 + r], r, 1) for r in range(3)]]
+    masked = [[x * torch.where(x == 0, -1.0, 1.0) for x in gradients[0]]]
+    (dense, *_), *_ = simulate(Dense(), masked)
+    assert dense[0].total[0].signbit()
+    for (done, state, _), (plain, *_) in zip(
+        simulate(S2Reducer(None, "compact", 8), masked), simulate(S2Reducer(None, "compact", 8), gradients), strict=True
+    ):
+        assert torch.equal(done[0].total, dense[0].total)
+        assert same_bits(done[0].total[:8], plain[0].total[:8])
+        assert state.union == 4
+
+
 # ---- peel ------------------------------------------------------------------------------------------------------------
 
 
@@ -126,7 +140,7 @@ def test_what_does_not_peel_travels_by_itself(ratio: float) -> None:
 
 def test_values_that_outgrow_the_integers_are_summed_as_they_are() -> None:
     size, n, rows = 3, 800, [[1, 9], [1, 20], [4, 20]]
-    scales = (1.0, 1.0, 1e6, 1e6, 1.0)
+    scales = (1.0, 1.0, 1e6, 1e6, 1e3)
     gradients = [[rows_of(n, 16, rows[r], r, step, s) for r in range(size)] for step, s in enumerate(scales)]
     ranks = simulate(S2Reducer(None, "peel", 16), gradients)
     for step, scale in enumerate(scales):
@@ -143,6 +157,32 @@ def test_values_that_outgrow_the_integers_are_summed_as_they_are() -> None:
     peaks = [r.state.peak for r in ranks[0][0]]
     assert peaks[2] - peaks[1] in (19, 20, 21)
     assert peaks[4] == peaks[3] - 1, "falls by one a step"
+
+
+@pytest.mark.parametrize("feedback", [True, False])
+def test_after_one_step_of_huge_values_those_as_before_are_told_apart_again(feedback: bool) -> None:
+    """Also where for a step all of them are less than half a unit, and nothing can be sent."""
+    size, n = 3, 4000
+    scales = (1.0, 1e20, 1.0, 1.0, 1.0)
+    gradients = [[rows_of(n, 8, [1, 2 + r], r, step, s) for r in range(size)] for step, s in enumerate(scales)]
+    ranks = simulate(S2Reducer(None, "peel", 8, error_feedback=feedback), gradients)
+    assert [t.rounds for t in ranks[0][2]] == [6, 6, 3, 3, 3]
+    for step in (3, 4):
+        before = [owed(done[step - 1].residual, gradients[0][0]) for done, *_ in ranks]
+        fed = sum(with_residual(g, r) for g, r in zip(gradients[step], before, strict=True))
+        assert torch.allclose(ranks[0][0][step].total, fed, atol=2e-3)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(16, torch.float32), (2, torch.float64)])
+def test_what_would_round_to_infinity_is_summed_as_it_is(size: int, dtype: torch.dtype) -> None:
+    top = torch.finfo(dtype).max
+    gradients = [[torch.zeros(4000, dtype=dtype) for _ in range(size)] for _ in range(2)]
+    for by_rank in gradients:
+        by_rank[0][3], by_rank[1][3], by_rank[1][5] = top, -top / 2, top
+    for done, *_ in simulate(S2Reducer(None, "peel"), gradients):
+        assert all(bool(r.ok) for r in done)
+        assert torch.equal(done[1].total, sum(gradients[1], torch.zeros(4000, dtype=dtype)))
+        assert not owed(done[1].residual, done[1].total).any()
 
 
 def test_keys_of_what_rounding_left_do_not_travel() -> None:

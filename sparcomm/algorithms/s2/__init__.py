@@ -23,6 +23,9 @@ Deviations, each for a reason:
   outgrown the exponent, are summed by themselves.
 - The bitmap has one bit a key, not a float32; the rules and bags are those of all algorithms here.
 
+Without a selector ``compact`` gives the bits of the ordered dense all-reduce, but that a zero may be 0.0 where it is
+-0.0 there: -0.0 counts as zero, and a rank that has only zeros at a key of the union adds 0.0.
+
 A key is a block of consecutive elements of the flat gradient, such as an embedding's row. Rows that do not start at a
 multiple of ``granularity`` there touch two keys each. Without a selector and with a decoder that leaves a residual, the
 keys of that residual count as non-zero, too.
@@ -156,7 +159,7 @@ class S2Reducer(SparseAlgorithm):
             cls(0.1, "projection"),
             cls(0.1, "mean", adaptive=False, ratio=2.0),
             cls(0.1, "median", rows=3, ratio=3.0, granularity=4),
-            cls(0.1, "peel", granularity=4),
+            cls(0.1, "peel", granularity=4, ratio=1.3),
             cls(None, "peel"),
             cls(0.1, "compact"),
             cls(None, "auto", granularity=4, latency=1e-9, bandwidth=1e6),

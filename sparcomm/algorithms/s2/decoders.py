@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,11 @@ def capacity(size: int) -> int:
 def unit_exponent(peak: int, size: int, dtype: torch.dtype) -> int:
     """Two to the power of it is the integers' unit, if magnitudes have been below 2^``peak`` of late."""
     return min(max(peak + GROWTH - (capacity(size).bit_length() - 1), LEAST[dtype]), MOST)
+
+
+def highest(dtype: torch.dtype) -> int:
+    """Magnitudes below two to the power of it stay finite when they are rounded to integers and back."""
+    return math.frexp(torch.finfo(dtype).max)[1] - 1
 
 
 def peeled(run: Run, union: Tensor, table: Tensor, fixed: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparcomm import layout
 from sparcomm.algorithms.base import Part, Summed
-from sparcomm.algorithms.s2.decoders import capacity, peeled, unit_exponent
+from sparcomm.algorithms.s2.decoders import capacity, highest, peeled, unit_exponent
 from sparcomm.algorithms.s2.plan import COMPACT, DENSE, PEEL, Plan, Planner
 from sparcomm.algorithms.s2.state import ENDLESS, NOTHING, S2State
 from sparcomm.algorithms.s2.trip import Brought, round_trip
@@ -123,7 +123,7 @@ class Run:
         parts = [x[:split].view(-1, width)]
         if split < x.numel():
             parts.append(x[split:].view(1, -1))
-        return torch.cat([torch.maximum(-low, high) for low, high in (part.aminmax(dim=1) for part in parts)])
+        return torch.cat([torch.maximum(part.amax(1), -part.amin(1)) for part in parts])  # much faster than aminmax
 
     def _elements(self, key: Tensor) -> Tensor:
         """(k * width,) elements of these keys: those at or beyond the vector's end are its last key's padding."""
@@ -189,14 +189,15 @@ class Run:
         plan, width, kernels, size = self.plan, self.keys.width, self.kernels, self.transport.size
         assert self.state.peak is not None
         exponent, bits = unit_exponent(self.state.peak, size, self.dtype), capacity(size).bit_length() - 1
+        peak = self._peak(self.value)  # of all: were it of what is sent, it would stay where nothing can be
         with self.clock.span("code"):
             fixed = self._fixed(exponent, capacity(size))
             own = torch.empty((plan.rows, plan.columns * width), dtype=torch.int32, device=fixed.device)
             kernels.sketch(self.key, fixed, width, self.seed, own)
-        brought = self._travel(own, self._peak(self.value))
+        brought = self._travel(own, peak)
         union = self._united(brought)
         assert brought.table is not None
-        if brought.peak > exponent + bits:
+        if brought.peak > min(exponent + bits, highest(self.dtype)):
             part, decoded = self._added_up(union), self.value
         else:
             total = peeled(self, union, brought.table.view_as(own), fixed)
@@ -236,9 +237,10 @@ class Run:
         return round_trip(trip, flat, self.words, peak, self.bags, self.transport, self.clock)
 
     def _united(self, brought: Brought) -> Tensor:
-        """The keys that any rank has."""
+        """The keys that any rank has; their bitmap becomes ``words``."""
+        self.words = brought.words
         with self.clock.span("code"):
-            return self.kernels.ones(brought.words)
+            return self.kernels.ones(self.words)
 
     def _peak(self, x: Tensor) -> int:
         """All magnitudes are below two to the power of it."""
@@ -252,9 +254,9 @@ class Run:
 
     def spread(self, value: Tensor, union: Tensor) -> Tensor:
         """(u * width,): ``value``, of this rank's keys, at their places in ``union``; zeros elsewhere."""
-        width = self.keys.width
+        width, kernels = self.keys.width, self.kernels
         mine = value.new_zeros(union.numel(), width)
-        mine[torch.searchsorted(union, self.key)] = value.view(-1, width)
+        mine[kernels.rank(self.words, kernels.prefix(self.words), self.key)] = value.view(-1, width)
         return mine.view(-1)
 
     def add_up(self, mine: Tensor, key: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from sparcomm.selectors import Memo
 UNKNOWN = -1
 NOTHING = -(1 << 20)  # the exponent of zero: below all others
 ENDLESS = 1 << 20  # that of inf and NaN
+ABOVE = 12  # the most that ``peak`` is above a step's own: more, and integers would hardly tell its values apart
 
 
 @dataclass
@@ -21,7 +22,8 @@ class S2State(State):
         memo: what the selector remembers, as ``Memo.state`` gives it.
         union: keys in the last step's union; UNKNOWN before there was one.
         crest: the largest union of late, which falls by an eighth of the difference a step.
-        peak: all magnitudes of late were below two to the power of it; falls by one a step. None = unknown.
+        peak: all magnitudes of late were below two to the power of it; falls by one a step, and at
+            once to ABOVE of what a step has. None = unknown.
         latency, bandwidth: the link as measured for ``decoder="auto"``: seconds, bytes per second.
         measured: between how many ranks; 0 = not yet.
     """
@@ -40,5 +42,5 @@ class S2State(State):
         if peak is None or not NOTHING < peak < ENDLESS:
             peak = self.peak
         elif self.peak is not None:
-            peak = max(peak, self.peak - 1)
+            peak = max(peak, min(self.peak - 1, peak + ABOVE))
         return {"union": union, "crest": crest, "peak": peak}
