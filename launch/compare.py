@@ -22,6 +22,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from jobs import report
@@ -162,7 +163,8 @@ def show(arms: list[Arm], rates: list[float | None], runs: list[Runs], found: li
     for arm, rate, mine, difference in zip(arms, rates, runs, differences, strict=True):
         mean = {key: fmean(summary[key] for summary in mine) for key in _SHOWN}
         cells = ("its own" if rate is None else str(rate), f"{mean['score']:.3f}", difference)
-        table.add_row(arm.label, *cells, human(mean["bytes_sent"]), f"{mean['ratio']:.1f}x", f"{mean['seconds']:.1f}")
+        sent = (human(mean["bytes_sent"]), f"{mean['ratio']:.1f}x", f"{mean['seconds']:.1f}")
+        table.add_row(escape(arm.label), *cells, *sent)
     Console(width=max(140, Console().width)).print(table)
 
 
