@@ -104,6 +104,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     torch.set_num_threads(1)
     masks = supports(args.numel, args.size, args.density, args.seed)
+    if not any(bool(mask.any()) for mask in masks):
+        parser.error(f"at --density {args.density:g} no rank has any of {args.numel} entries: raise one of them")
     rows = {name: follow(a, masks, args.steps, args.seed) for name, a in configurations(args.ratio).items()}
     if args.png:
         draw(rows, args.png)

@@ -29,3 +29,9 @@ def test_wrong_sizes(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit, match="2"):
         feedback.main(wrong)
     assert "needs --size" in capsys.readouterr().err
+
+
+def test_a_gradient_of_nothing_but_zeros_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        feedback.main(["--numel", "3", "--density", "1e-9", "--steps", "1"])
+    assert "no rank has any of 3 entries" in capsys.readouterr().err
