@@ -34,6 +34,19 @@ def pytest_configure(config: pytest.Config) -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Compiles the kernels before any test's clock runs: in a fresh clone that takes a minute of CPU.
+
+    Whoever comes second waits for it. Left to the tests, several processes would compile variants of one kernel at the
+    same time, too, and Numba's disk cache is not made for that.
+    """
+    if session.items and not session.config.option.collectonly:
+        from sparcomm.kernels import warm_up
+
+        warm_up()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips CUDA tests on machines without a device; nothing else is ever skipped here."""
     wanted = [item for item in items if item.get_closest_marker("cuda")]

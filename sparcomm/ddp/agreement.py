@@ -6,7 +6,7 @@ On Gloo a size that differs between ranks aborts the process, so a difference ha
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -20,14 +20,24 @@ AGREED = (ConfigMismatch, CheckpointError)
 _ABSENT = "(absent)"
 
 
-def configuration(algorithm: Algorithm, size: int, parameters: Sequence[torch.Tensor]) -> dict[str, str]:
-    """What must be equal on all ranks, as text by field. ``parameters``: those to be reduced, as far as known."""
+def configuration(
+    algorithm: Algorithm, size: int, parameters: Sequence[torch.Tensor], skipped: Set[int], sparse: Sequence[str]
+) -> dict[str, str]:
+    """What must be equal on all ranks, as text by field.
+
+    Args:
+        parameters: those to be reduced, as far as known.
+        skipped: ids of those that always travel dense.
+        sparse: names of those whose gradients are of sparse layout.
+    """
     dtypes = Counter(str(p.dtype).removeprefix("torch.") for p in parameters)
     fields = {f"{algorithm.name}.{name}": repr(value) for name, value in algorithm.fields().items()}
     return {
         "sparcomm": __version__,
         "world size": str(size),
         "parameters": ", ".join(f"{count} {name}" for name, count in sorted(dtypes.items())),
+        "skipped parameters": str(sum(id(p) in skipped for p in parameters)),
+        "gradients of sparse layout": ", ".join(sparse) or "none",
         "algorithm": algorithm.name,
         **fields,
         **algorithm.surroundings(),

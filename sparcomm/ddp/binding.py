@@ -25,6 +25,7 @@ class Binding:
         params: those that are reduced, by name.
         names: the other way round, by id.
         skipped: ids of those that always travel dense.
+        sparse: names of those whose gradients DDP expects to be of sparse layout.
     """
 
     def __init__(self, rules: Sequence[Rule], group: dist.ProcessGroup | None) -> None:
@@ -32,6 +33,7 @@ class Binding:
         self.params: dict[str, Tensor] = {}
         self.names: dict[int, str] = {}
         self.skipped: set[int] = set()
+        self.sparse: list[str] = []
         self._ddp: weakref.ref[nn.Module] | None = None
 
     def bind(self, module: nn.Module) -> None:
@@ -51,6 +53,7 @@ class Binding:
         }
         self.names = {id(p): name for name, p in self.params.items()}
         self.skipped = {id(self.params[name]) for name in skipped(self._rules, self.params, module)}
+        self.sparse = [self.names[key] for key in _of_sparse_layout(module) if key in self.names]
 
     @property
     def ddp(self) -> nn.Module | None:
@@ -93,3 +96,12 @@ class Binding:
     def label(self, p: Tensor) -> str:
         """The name of a parameter, or something else that tells it apart."""
         return self.names.get(id(p), f"unnamed parameter {id(p):#x} {tuple(p.shape)}")
+
+
+def _of_sparse_layout(module: nn.Module) -> list[int]:
+    """Ids of the parameters whose gradients DDP expects to be sparse: it asks the first module that holds one."""
+    first: dict[int, nn.Module] = {}
+    for holder in module.modules():
+        for p in holder.parameters(recurse=False):
+            first.setdefault(id(p), holder)
+    return [key for key, m in first.items() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]

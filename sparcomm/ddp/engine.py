@@ -56,6 +56,7 @@ class Engine:
         timeout: seconds after which a wait for another rank is an error.
         options: how the algorithm is fed.
         skipped: ids of the parameters that always travel dense.
+        sparse: names of those whose gradients are of sparse layout.
 
     Attributes:
         completed: synchronised steps that have ended, skipped ones included.
@@ -71,7 +72,7 @@ class Engine:
 
     def __init__(
         self, algorithm: Algorithm, group: dist.ProcessGroup, parameters: Sequence[Tensor], timeout: float,
-        options: Options, skipped: set[int],
+        options: Options, skipped: set[int], sparse: Sequence[str],
     ) -> None:  # fmt: skip
         self.algorithm, self.rank, self.size = algorithm, dist.get_rank(group), dist.get_world_size(group)
         self.completed, self._skipped = 0, 0
@@ -85,8 +86,7 @@ class Engine:
         self._closed, self._process = False, os.getpid()
         self._board = Board(group, timeout, standing_of(self))
         try:
-            mine = agreement.configuration(algorithm, self.size, parameters) | options.describe()
-            mine["skipped parameters"] = str(sum(id(p) in skipped for p in parameters))
+            mine = agreement.configuration(algorithm, self.size, parameters, skipped, sparse) | options.describe()
             agreement.compare(self._board.exchange("configuration", mine))
             algorithm.check_size(self.size)
             agreement.check_backend(algorithm, dist.get_backend_config(group), {p.device for p in parameters})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparcomm.errors import ConfigError
+from sparcomm.errors import ConfigError, HookError
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
@@ -36,25 +36,34 @@ class Place:
 
     They say so themselves, but not in the first iteration of a static graph: there DDP hands all of them over at the
     end, each as number 0, and where there are several (mixed dtypes, sparse layouts) none as the last.
+
+    Args:
+        params: all that are reduced, as far as known.
+
+    Attributes:
+        lost: whether the last bucket cannot be told, since parameters are not known.
     """
 
-    def __init__(self, ddp: nn.Module | None, params: Iterable[Tensor]) -> None:
-        self._all = {id(p) for p in params} if getattr(ddp, "static_graph", False) else set[int]()
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self._all = {id(p) for p in params}
         self._came: set[int] = set()
+        self._pass: int | None = None  # the backward pass whose only bucket so far, or buckets, had number 0
+        self.lost = False
 
     def of(self, bucket: GradBucket) -> tuple[bool, bool]:
         """(first, last); to be asked once of every bucket."""
         index, last = bucket.index(), bucket.is_last()
         if last or index:
-            self._all = set()
-        if not self._all:
+            self._pass, self.lost = None, False
             return index == 0, last
-        first = not self._came
+        now: int = torch._C._current_graph_task_id()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        first = now < 0 or now != self._pass
+        if first:
+            self._pass = now
+            self._came.clear()
         self._came.update(id(p) for p in bucket.parameters())
-        last = self._came >= self._all
-        if last:
-            self._all = set()
-        return first, last
+        self.lost = not first and not self._all
+        return first, not first and not self.lost and self._came >= self._all
 
 
 class Use:
@@ -68,7 +77,7 @@ class Use:
     """
 
     def __init__(self, ddp: nn.Module | None, params: Sequence[Tensor]) -> None:
-        self.place = Place(ddp, params)
+        self.place = Place(params)
         needed = getattr(ddp, "find_unused_parameters", False) and not getattr(ddp, "static_graph", False)
         self._seen: set[int] | None = set() if needed else None
         # Runs before DDP counts the parameter as ready, so before the hook gets its bucket.
@@ -79,7 +88,15 @@ class Use:
             self._seen.add(id(p))
 
     def of(self, params: Sequence[Tensor], last: bool) -> dict[int, bool] | None:
-        """By id of a bucket's parameters; None where it does not matter. ``last``: the step's last bucket."""
+        """By id of a bucket's parameters; None where it does not matter. ``last``: the step's last bucket.
+
+        Raises HookError if that cannot be told.
+        """
+        if self.place.lost:
+            raise HookError(
+                "in the first iteration of a static graph DDP does not say which of several buckets is the last, and "
+                "this HookState has no module to tell it by: HookState(algorithm, ddp), or state.bind(ddp)"
+            )
         if self._seen is None:
             return None
         used = {id(p): id(p) in self._seen for p in params}

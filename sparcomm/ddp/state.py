@@ -135,8 +135,8 @@ class HookState:
         if self.options.local_clip is not None:
             self._module.need("local_clip")
         try:
-            params = list(self._module.params.values())
-            self._engine = Engine(self.algorithm, group, params, self.timeout, self.options, self._module.skipped)
+            own, params = self._module, list(self._module.params.values())
+            self._engine = Engine(self.algorithm, group, params, self.timeout, self.options, own.skipped, own.sparse)
             self._use = Use(self._module.ddp, params)
             weakref.finalize(self, self._engine.close).atexit = False  # the engine itself sees to that
             if self._loaded is not None:

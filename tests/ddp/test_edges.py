@@ -54,11 +54,17 @@ def test_no_bucket_outlives_its_step() -> None:
     pool(1).run(nothing_kept)
 
 
-def static_at_first(rank: int, size: int) -> None:
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float32, torch.float64, torch.float32]
+
+
+def static_at_first(rank: int, size: int, bound: str) -> None:
     """A static graph's first iteration, in which DDP calls every bucket number 0: one step, which counts whole."""
-    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float32, torch.float64, torch.float32]
-    ddp = wrap(Fed(SIZES, dtypes), static_graph=True)
-    state = sparcomm.attach(ddp, Halves(), timeout=TIMEOUT)
+    ddp = wrap(Fed(SIZES, DTYPES), static_graph=bound != "declared late")
+    state = HookState(Halves(), ddp.module if bound == "inner" else ddp, timeout=TIMEOUT)
+    ddp.register_comm_hook(state, sparcomm.hook)
+    state.start()
+    if bound == "declared late":
+        ddp._set_static_graph()
     fed, means = ([torch.zeros(n) for n in SIZES] for _ in range(2))
     for step in range(4):
         gradients = integers(SIZES, rank, step)
@@ -72,8 +78,22 @@ def static_at_first(rank: int, size: int) -> None:
     state.close()
 
 
-def test_the_first_step_of_a_static_graph_with_several_buckets_is_one_step() -> None:
-    pool(2).run(static_at_first)
+@pytest.mark.parametrize("bound", ["ddp", "inner", "declared late"])
+def test_the_first_step_of_a_static_graph_with_several_buckets_is_one_step(bound: str) -> None:
+    pool(2).run(static_at_first, bound)
+
+
+def static_unbound(rank: int, size: int) -> None:
+    ddp = wrap(Fed(SIZES, DTYPES), static_graph=True)
+    state = HookState(Halves(), timeout=TIMEOUT)
+    ddp.register_comm_hook(state, sparcomm.hook)
+    with pytest.raises(RuntimeError, match=r"HookError.*static graph.*state\.bind\(ddp\)"):
+        gradient_step(ddp, integers(SIZES, rank, 0))
+    state.close()
+
+
+def test_which_bucket_is_the_last_of_a_static_graph_must_be_known() -> None:
+    pool(2).run(static_unbound)
 
 
 EDGES = [(1,), (0,), (0, 3), (5, 0, 0, 700)]

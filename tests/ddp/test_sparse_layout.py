@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sparcomm
-from sparcomm import Dense, GradientError, RemoteError, SparDL
+from sparcomm import ConfigMismatch, Dense, GradientError, RemoteError, SparDL
 from sparcomm.algorithms import Algorithm
 from sparcomm.collectives.rows import union_traffic
 from sparcomm.ddp.sparse_layout import check_sparse
@@ -293,6 +293,16 @@ def wrong_on_one_rank(rank: int, size: int) -> None:
 
 def test_a_gradient_of_scattered_elements_is_everybodys_error() -> None:
     pool(3).run(wrong_on_one_rank)
+
+
+def sparse_on_one_rank(rank: int, size: int) -> None:
+    """Found before the first byte: DDP's buckets differ, and Gloo aborts a process where sizes differ."""
+    with pytest.raises(ConfigMismatch, match=r"gradients of sparse layout \(rank 0: table\.weight; rank 1: none\)"):
+        sparcomm.attach(wrap(Table(sparse=rank == 0)), Dense(), timeout=TIMEOUT)
+
+
+def test_a_layout_that_differs_between_ranks_is_everybodys_error() -> None:
+    pool(2).run(sparse_on_one_rank)
 
 
 def with_memory(rank: int, size: int, memory: Any) -> None:

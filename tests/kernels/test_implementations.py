@@ -341,7 +341,7 @@ def test_after_warm_up_nothing_is_left_to_compile() -> None:
 
 
 def test_warm_up_waits_for_whoever_is_compiling() -> None:
-    with (_jit.fallback_folder() / "warm-up.lock").open("w") as lock:
+    with warm.lock_file().open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         second = threading.Thread(target=warm.warm_up, daemon=True)
         second.start()

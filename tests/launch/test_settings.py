@@ -163,6 +163,7 @@ SPARSE = "task={name: embedding, layout: sparse}"
         (["optimizer.momentum=0.0", "hook.memory={name: adam_correction}", "clip_norm=1.0"], ["local_clip"]),
         (["optimizer={name: held_adamw, lr: 0.1}"], ["held_adamw", "refresh"]),
         (["task={name: embedding, context: 2}"], ["task.context=2", "greater than or equal to 3"]),
+        ([SPARSE, "optimizer={name: lion, lr: 0.1}"], ["sparse", "optimizer.name='sgd'"]),
         ([SPARSE, "algorithm=null"], ["task.layout", "algorithm"]),
         ([SPARSE, "optimizer.weight_decay=0.1"], ["task.layout", "weight_decay: 0.0"]),
         ([SPARSE, "optimizer={name: rmsprop, lr: 0.1}"], ["task.layout", "optimizer.name='sgd'"]),

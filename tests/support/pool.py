@@ -6,7 +6,8 @@
 The function must be at the top level of a file: it travels as (file, name) and is loaded by path, arguments and
 results as plain pickles. Each rank runs one torch thread, with warnings as errors. A rank that raises, dies or does not
 answer makes ``run`` raise ``RankError`` with every rank's traceback; the processes are then replaced.
-Starting Python and torch takes seconds, so worlds of all sizes share processes: a world of 2 uses the first two.
+Starting Python and torch takes seconds, so worlds of all sizes share processes: a world of 2 uses the first two. On a
+busy machine it takes a minute: the time limit of a run begins when all of its ranks have started.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 WORLD_TIMEOUT = timedelta(seconds=60)
+START = 90.0  # seconds for processes to import torch and load the kernels: less than pytest gives a test
 GRACE = 3.0  # seconds for the other ranks to report, once one has failed
 PR_SET_PDEATHSIG = 1
 
@@ -85,6 +87,27 @@ class Rank:
             command, env=env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log
         )
         theirs.close()
+        self.ready = False
+
+    def start(self, left: float) -> None:
+        """Returns when it can take jobs. Raises RankError if it does not come to that in so many seconds."""
+        if self.ready:
+            return
+        try:
+            if not self.pipe.poll(max(left, 0.0)):
+                raise RankError(f"rank {self.rank} has not started in {START} s; its stacks:\n{self.stacks()}", {})
+            self.ready = bool(self.pipe.recv_bytes())
+        except (EOFError, OSError):
+            text = f"rank {self.rank} died at start, code {self.process.wait()}\n{self.tail()}"
+            raise RankError(text, {self.rank: text}) from None
+
+    def stacks(self) -> str:
+        """What its threads are doing, written by faulthandler, behind what else it has printed."""
+        with contextlib.suppress(OSError):
+            self.process.send_signal(signal.SIGUSR1)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(0.5)  # the time it takes to write them
+        return self.tail()
 
     def tail(self) -> str:
         """The end of what the process printed."""
@@ -124,7 +147,8 @@ class Ranks:
         while waiting := {r.pipe: r for r in active if r.rank not in results and r.rank not in errors}:
             left = deadline - time.monotonic()
             if left <= 0:
-                errors |= {r.rank: self.dump(r, timeout) for r in waiting.values()}
+                silent = f"no answer (time limit of the run: {timeout} s); its stacks:\n"
+                errors |= {r.rank: silent + r.stacks() for r in waiting.values()}
                 break
             for pipe in wait(list(waiting), left):
                 r = waiting[pipe]
@@ -144,23 +168,18 @@ class Ranks:
         return [results[r] for r in range(size)]
 
     def prepare(self, size: int) -> None:
-        """Enough processes, and a number that names the world they form."""
+        """Enough processes that are ready, and a number that names the world they form."""
         if self.store is None:
             import torch.distributed as dist
 
             # Like torchrun's, the store lives outside the ranks, on a port that the system chooses.
             self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.ranks += [Rank(r) for r in range(len(self.ranks), size)]
+        deadline = time.monotonic() + START
+        for r in self.ranks[:size]:
+            r.start(deadline - time.monotonic())
         if size != self.world_size:
             self.world, self.world_size = self.world + 1, size
-
-    def dump(self, r: Rank, timeout: float) -> str:
-        """What a silent rank is doing: the stacks of its threads, written by faulthandler."""
-        with contextlib.suppress(OSError):
-            r.process.send_signal(signal.SIGUSR1)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            r.process.wait(0.5)  # the time it takes to write them
-        return f"no answer (time limit of the run: {timeout} s); its stacks:\n{r.tail()}"
 
     def stop(self) -> None:
         """Ends all processes."""
@@ -265,7 +284,11 @@ def serve(pipe: Connection, rank: int, parent: int) -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     import torch
 
+    from sparcomm.kernels import warm_up
+
     torch.set_num_threads(1)
+    warm_up()
+    pipe.send_bytes(b"ready")
     current = 0
     with contextlib.suppress(EOFError):
         while True:

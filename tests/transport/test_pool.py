@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import threading
 
 import pytest
 import torch.distributed as dist
 
+from sparcomm.kernels import warm_up
+from sparcomm.kernels.cpu import warm
 from support.pool import Died, RankError, pool, spawn
 
 
@@ -60,3 +63,15 @@ def test_spawned_ranks_may_die() -> None:
 def test_functions_must_be_found_in_their_file() -> None:
     with pytest.raises(TypeError, match="not at the top level of its file"):
         pool(1).run(lambda rank, size: None)
+
+
+def load_kernels(rank: int, size: int) -> None:
+    warm_up()
+
+
+def test_the_time_limit_begins_when_all_ranks_have_started() -> None:
+    """Somebody else is compiling for longer than the limit."""
+    with warm.lock_file().open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        threading.Timer(3.0, lambda: fcntl.flock(lock, fcntl.LOCK_UN)).start()
+        assert spawn(2, load_kernels, timeout=2.5) == [None, None]

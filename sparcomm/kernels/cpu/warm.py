@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import zlib
+from pathlib import Path
 
 import torch
 
@@ -14,9 +16,14 @@ from sparcomm.layout import dealt
 from sparcomm.sparse import Sparse
 
 
+def lock_file() -> Path:
+    """Held by the process that compiles: one for each installation, as each has a disk cache of its own."""
+    return fallback_folder() / f"warm-up-{zlib.crc32(str(Path(__file__).resolve()).encode()):08x}.lock"
+
+
 def warm_up() -> None:
     """Calls every kernel once per dtype, under a file lock: whoever comes second finds them in the disk cache."""
-    with (fallback_folder() / "warm-up.lock").open("w") as lock:
+    with lock_file().open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, or its process dies
         for dtype in GRADIENT_DTYPES:
             _gradient_kernels(dtype)
