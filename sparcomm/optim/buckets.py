@@ -122,19 +122,19 @@ class Bucket:
             "state": fields,
         }
 
+    def check_fits(self, saved: dict[str, Any]) -> None:
+        """Raises CheckpointError if ``saved``, what ``state_dict`` gave, is of other parameters."""
+        if saved["shape"] != self.shape:
+            raise CheckpointError(f"the optimizer's state is for {saved['shape']}, the parameters are {self.shape}")
+
     def load(self, saved: dict[str, Any], algorithm: Algorithm, size: int, *, own: bool) -> None:
-        """Takes up what ``state_dict`` gave.
+        """Takes up what ``state_dict`` gave, and which fits.
 
         Args:
             algorithm: the one that the next step will use.
             own: whether this rank of as many ranks had saved it; otherwise nothing is owed, and ``algorithm`` starts
                 afresh.
-
-        Raises:
-            CheckpointError: of other parameters.
         """
-        if saved["shape"] != self.shape:
-            raise CheckpointError(f"the optimizer's state is for {saved['shape']}, the parameters are {self.shape}")
         self.flat = {name: _copy(t.to(self.device)) for name, t in saved["flat"].items()}
         self.owner, self.state, self.residual = None, None, None
         if own and saved["algorithm"] == repr(algorithm):

@@ -9,6 +9,7 @@ where an inf or NaN turns up on any rank, nothing changes on any of them.
 # pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
 from __future__ import annotations
 
+import copy
 import datetime as dt
 import math
 from abc import ABC, abstractmethod
@@ -29,8 +30,8 @@ from sparcomm.transport.base import Traffic, Transport
 
 # What settings of a group may be: from, and below.
 _RANGES = {
-    "lr": (0.0, math.inf), "weight_decay": (0.0, math.inf), "eps": (math.ulp(0.0), math.inf),
-    "momentum": (0.0, 1.0), "betas": (0.0, 1.0),
+    "lr": (0.0, math.inf), "weight_decay": (0.0, math.inf), "momentum": (0.0, 1.0), "betas": (0.0, 1.0),
+    "eps": (2.0**-149, math.inf),  # what is less is zero in float32
 }  # fmt: skip
 _KEY = "collective"  # of our part of a state_dict
 
@@ -61,7 +62,8 @@ class CollectiveOptimizer(Optimizer, ABC):
         algorithm: what carries the vectors.
         process_group: whose ranks train together; None = the default group. Without torch.distributed: this rank alone.
         transport: instead of a process group.
-        timeout: seconds (or a timedelta) after which waiting for another rank is an error.
+        timeout: seconds (or a timedelta) after which waiting for another rank is an error. How long the first step
+            waits until all ranks have come is up to ``process_group``.
 
     Attributes:
         steps, skipped_steps: how many have been taken, and how many were not, since an inf or NaN was in a gradient.
@@ -118,7 +120,8 @@ class CollectiveOptimizer(Optimizer, ABC):
         Raises:
             ConfigError: a gradient of a parameter that did not require one at the first step; or settings that do not
                 go with this number of ranks.
-            ConfigMismatch, CheckpointError: ranks have different optimizers, or stand at different steps.
+            ConfigMismatch, CheckpointError: ranks have different optimizers or learning rates, or stand at different
+                steps.
             GradientError: a gradient of sparse layout, or of a dtype that cannot be sent.
             CommunicationError: a rank failed, did not come in time, or sent damaged bytes. Nothing has changed.
         """
@@ -169,7 +172,9 @@ class CollectiveOptimizer(Optimizer, ABC):
         transport.context = f"{type(self).__name__} step {self.steps}"
         params = [p for bucket in self._buckets for p in bucket.params]
         self._check_layout(params)
-        unused = {id(params[i]) for i in meeting.roll_call(self.steps, [p.grad is not None for p in params])}
+        settings = repr([{name: group[name] for name in _RANGES if name in group} for group in self.param_groups])
+        absent = meeting.roll_call(self.steps, settings, [p.grad is not None for p in params])
+        unused = {id(params[i]) for i in absent}
         done = [self._reduce(bucket, transport) for bucket in self._buckets]
         if all(torch.stack([d.reduced.ok.to(done[0].grad.device) for d in done]).tolist()):
             for d in done:
@@ -237,12 +242,11 @@ class CollectiveOptimizer(Optimizer, ABC):
         if self._meeting is not None:
             raise ConfigError("parameters can be added before the first step only: make a new optimizer")
         super().add_param_group(param_group)
-        for name, value in self.param_groups[-1].items():
-            if name in _RANGES:
-                least, end = _RANGES[name]
-                for part in value if isinstance(value, (tuple, list)) else (value,):
-                    if isinstance(part, bool) or not isinstance(part, (int, float)) or not least <= part < end:
-                        raise ConfigError(f"{name}={value!r}: must be in [{least}, {end})")
+        try:
+            _check_settings(self.param_groups[-1])
+        except ConfigError:
+            self.param_groups.pop()
+            raise
 
     @property
     def traffic(self) -> Traffic:
@@ -281,8 +285,10 @@ class CollectiveOptimizer(Optimizer, ABC):
         if found is None or found["kind"] != type(self).__name__:
             kind = "another library's optimizer" if found is None else found["kind"]
             raise CheckpointError(f"the state is of {kind}, and this is {type(self).__name__}")
+        if self._meeting is not None:
+            self._check_fits(found)
         super().load_state_dict(state_dict)
-        self._remember(found)
+        self._remember(copy.deepcopy(found))
         if self._meeting is not None:
             self._take_up()
 
@@ -292,7 +298,7 @@ class CollectiveOptimizer(Optimizer, ABC):
 
     def _snapshot(self) -> dict[str, Any]:
         if self._loaded is not None:  # and not taken up yet
-            return self._loaded
+            return copy.deepcopy(self._loaded)
         transport = None if self._meeting is None else self._meeting.transport
         return {
             "kind": type(self).__name__,
@@ -303,15 +309,22 @@ class CollectiveOptimizer(Optimizer, ABC):
         }
 
     def _take_up(self) -> None:
-        found, self._loaded = self._loaded, None
+        found = self._loaded
         if found is None or self._meeting is None:
             return
-        transport, saved = self._meeting.transport, found["buckets"]
+        self._check_fits(found)
+        transport, self._loaded = self._meeting.transport, None
+        own = found["place"] == [transport.rank, transport.size]
+        for bucket, part in zip(self._buckets, found["buckets"], strict=False):
+            bucket.load(part, self._carrier(), transport.size, own=own)
+
+    def _check_fits(self, found: dict[str, Any]) -> None:
+        """Raises CheckpointError unless what was saved is of these parameters."""
+        saved = found["buckets"]
         if saved and len(saved) != len(self._buckets):
             raise CheckpointError(f"the optimizer's state has {len(saved)} dtypes, the parameters {len(self._buckets)}")
-        own = found["place"] == [transport.rank, transport.size]
         for bucket, part in zip(self._buckets, saved, strict=False):
-            bucket.load(part, self._carrier(), transport.size, own=own)
+            bucket.check_fits(part)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which start in the default group. Raises ConfigError if this one was given another."""
@@ -331,3 +344,14 @@ class CollectiveOptimizer(Optimizer, ABC):
                 setattr(self, name, value)
             self._remember(state.pop("snapshot"))
         super().__setstate__(state)
+
+
+def _check_settings(group: dict[str, Any]) -> None:
+    """Raises ConfigError for a setting out of range."""
+    for name in _RANGES.keys() & group.keys():
+        (least, end), value = _RANGES[name], group[name]
+        if name == "betas" and not (isinstance(value, (tuple, list)) and len(value) == 2):
+            raise ConfigError(f"{name}={value!r}: must be two numbers")
+        for part in value if name == "betas" else (value,):
+            if isinstance(part, bool) or not isinstance(part, (int, float)) or not least <= part < end:
+                raise ConfigError(f"{name}={value!r}: must be in [{least}, {end})")

@@ -19,6 +19,7 @@ from sparcomm.transport.base import Transport
 from sparcomm.transport.torchdist import TorchTransport
 
 _BITS = 62  # of presence in an int64
+_FIELDS = 16  # room for what must be equal: as much for every kind of optimizer, since ranks may have different ones
 
 
 class Meeting:
@@ -56,25 +57,33 @@ class Meeting:
 
     def agree(self, fields: Mapping[str, str]) -> None:
         """Raises ConfigMismatch, on all ranks, unless ``fields`` are equal everywhere. Collective."""
-        rows = self._gather([_digest(f"{name}={value}") for name, value in fields.items()])
-        wrong = [name for name, column in zip(fields, zip(*rows, strict=True), strict=True) if len(set(column)) > 1]
+        mine = [_digest(f"{name}={value}") for name, value in fields.items()]
+        rows = self._gather([*mine, *[0] * (_FIELDS - len(mine))])
+        wrong = [name for name, column in zip(fields, zip(*rows, strict=True), strict=False) if len(set(column)) > 1]
         if wrong:
-            mine = "; ".join(f"{name}: {fields[name]}" for name in wrong)
+            own = "; ".join(f"{name}: {fields[name]}" for name in wrong)
             raise ConfigMismatch(
-                f"ranks have different optimizers, in {', '.join(wrong)}; rank {self.transport.rank} has {mine}"
+                f"ranks have different optimizers, in {', '.join(wrong)}; rank {self.transport.rank} has {own}"
             )
 
-    def roll_call(self, step: int, present: Sequence[bool]) -> list[int]:
-        """Numbers of what is ``present`` on no rank. Collective: one gather of a bit each.
+    def roll_call(self, step: int, settings: str, present: Sequence[bool]) -> list[int]:
+        """Numbers of what is ``present`` on no rank. Collective: one gather of a bit each, and 16 bytes.
 
-        Raises CheckpointError, on all ranks, unless all are at this ``step``.
+        Raises, on all ranks:
+            CheckpointError: not all are at this ``step``.
+            ConfigMismatch: not all have these ``settings``, with which their replicas would part.
         """
         words = [_pack(present[at : at + _BITS]) for at in range(0, len(present), _BITS)]
-        rows = self._gather([step, *words])
+        rows = self._gather([step, _digest(settings), *words])
         steps = [row[0] for row in rows]
         if len(set(steps)) > 1:
             raise CheckpointError(f"ranks stand at different steps, {steps} by rank: load checkpoints of one step")
-        union = [functools.reduce(operator.or_, column) for column in list(zip(*rows, strict=True))[1:]]
+        if len({row[1] for row in rows}) > 1:
+            raise ConfigMismatch(
+                f"step {step}: ranks have different settings, such as learning rates from a scheduler that looks at a "
+                f"rank's own loss; rank {self.transport.rank} has {settings}"
+            )
+        union = [functools.reduce(operator.or_, column) for column in list(zip(*rows, strict=True))[2:]]
         return [i for i in range(len(present)) if not union[i // _BITS] >> i % _BITS & 1]
 
     def _gather(self, mine: list[int]) -> list[list[int]]:

@@ -134,6 +134,7 @@ def test_error_feedback_starts_at_zero_at_the_switch() -> None:
     [
         ({"warmup": 0}, "warmup=0"), ({"warmup": True}, "warmup=True"), ({"warmup": 2.0}, "warmup=2.0"),
         ({"compress": "gradient"}, "compress='gradient'.*update, momentum"), ({"eps": 0.0}, "eps=0.0"),
+        ({"eps": 1e-50}, "eps=1e-50"),  # 0 in float32, and 0/0 where there never was a gradient
     ],
 )  # fmt: skip
 def test_values_outside_are_refused(changed: dict[str, Any], words: str) -> None:

@@ -113,6 +113,7 @@ def test_rates_that_a_scheduler_sets_are_taken() -> None:
         (Signum, {"momentum": 1.0}, "momentum=1.0"),
         (Signum, {"weight_decay": float("nan")}, "weight_decay=nan"),
         (DistributedLion, {"betas": (0.9, 1.0)}, "betas"),
+        (DistributedLion, {"betas": (0.9,)}, "betas=.*two numbers"),
         (Signum, {"algorithm": MajorityVote}, "algorithm"),
         (Signum, {"process_group": object(), "transport": object()}, "not both"),
     ],
@@ -125,3 +126,10 @@ def test_values_outside_are_refused(make: Any, settings: dict[str, Any], words: 
 def test_a_groups_own_values_are_looked_at_too() -> None:
     with pytest.raises(ConfigError, match="momentum=2"):
         Signum([{"params": parameters(), "momentum": 2}])
+    optimizer = Signum(parameters())
+    for settings in ({"lr": -1.0}, {"momentum": 1.0}):
+        with pytest.raises(ConfigError):
+            optimizer.add_param_group({"params": parameters(), **settings})
+        assert len(optimizer.param_groups) == 1
+    with pytest.raises(ConfigError, match=r"betas=0\.9: must be two"):
+        DistributedLion([{"params": parameters(), "betas": 0.9}])
