@@ -185,9 +185,9 @@ class Settings(Strict):
     record_gradients: Recorded | None = None
     output: str = ""
 
-    @field_validator("algorithm")
+    @field_validator("algorithm", mode="before")
     @classmethod
-    def _known(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+    def _known(cls, value: Any) -> Any:
         if value is not None:
             algorithm_from_config(value)
         return value
@@ -200,6 +200,9 @@ class Settings(Strict):
 
     @model_validator(mode="after")
     def _together(self) -> Settings:
+        sparse = isinstance(self.task, Embedding) and self.task.layout == "sparse"
+        if sparse:
+            self._check_sparse()
         if isinstance(self.optimizer, COMMUNICATING):
             if self.algorithm is None or self.hook != Hook() or self.clip_norm is not None:
                 raise ValueError(
@@ -212,8 +215,6 @@ class Settings(Strict):
         if self.algorithm is None and self.record_gradients is not None:
             raise ValueError("record_gradients: has no effect with algorithm: null")
         momentum = self.optimizer.momentum if isinstance(self.optimizer, SGD) else 0.0
-        if isinstance(self.task, Embedding) and self.task.layout == "sparse":
-            self._check_sparse()
         self.hook.check_optimizer(self.optimizer.name, momentum, self.clip_norm is not None)
         return self
 
