@@ -143,8 +143,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=Plan.seed)
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw accuracy against the number of adversaries")
     args = parser.parse_args(argv)
-    if args.ranks < 3 or args.steps < 1 or args.batch < 1:
-        parser.error("needs at least 3 ranks, 1 step and 1 sample")
+    if args.ranks < 3 or args.steps < 1 or args.batch < 1 or args.seed < 0:
+        parser.error("needs --ranks of at least 3, --steps and --batch of at least 1, --seed of at least 0")
+    samples = len(data.digits().train)
+    if args.ranks * args.batch > samples:
+        parser.error(f"--ranks {args.ranks} times --batch {args.batch}: there are {samples} samples to train with")
+    if args.png is not None and args.png.suffix.lower() != ".png":
+        parser.error(f"--png {args.png}: must end in .png")
     plan = Plan(args.ranks, args.steps, args.batch, args.seed)
     found = sweep(plan)
     table = Table(title=f"accuracy with f of {plan.ranks} ranks against the others", title_justify="left")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -21,7 +22,7 @@ from sparcomm import bench as bench_package
 from sparcomm import selectors
 from sparcomm.algorithms import registry
 from sparcomm.algorithms.base import Algorithm
-from sparcomm.config import settings, suggestion
+from sparcomm.config import algorithm_suggestion, settings, suggestion
 from sparcomm.errors import ConfigError, SparcommError
 from sparcomm.selectors import Selector
 
@@ -37,15 +38,15 @@ app = typer.Typer(
 )
 
 
-def benches() -> list[str]:
-    """Names of the benchmarks: the modules of ``sparcomm.bench`` that define ``main``, found without an import."""
-    found: list[str] = []
+def benches() -> dict[str, str]:
+    """Benchmarks and what they show: modules of ``sparcomm.bench`` that define ``main``, found without an import."""
+    found: dict[str, str] = {}
     for path in map(Path, bench_package.__path__):
         for module in pkgutil.iter_modules([str(path)]):
             tree = ast.parse((path / f"{module.name}.py").read_text(encoding="utf-8")) if not module.ispkg else None
             if tree and any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
-                found.append(module.name)
-    return sorted(found)
+                found[module.name] = (ast.get_docstring(tree) or "").partition("\n\n")[0].translate({10: " ", 96: None})
+    return dict(sorted(found.items()))
 
 
 def _version(wanted: bool) -> None:
@@ -64,20 +65,32 @@ def _root(
 
 
 @app.command("list")
-def list_(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+def list_(
+    names: Annotated[list[str] | None, typer.Argument(help="Of these only.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
     """Name the algorithms and selectors with their fields, types, defaults and allowed values."""
+    known: dict[str, dict[str, Any]] = {"algorithms": registry(), "selectors": selectors.registry()}
+    every = sorted({name for classes in known.values() for name in classes})
+    for name in names or []:
+        if name not in every:
+            listed = ", ".join(map(repr, every))
+            raise ConfigError(f"nothing is called {name!r}{algorithm_suggestion(name, every)}: must be one of {listed}")
     found = {
-        "algorithms": [describe(name, cls) for name, cls in registry().items()],
-        "selectors": [describe(name, cls) for name, cls in selectors.registry().items()],
+        kind: [describe(name, cls) for name, cls in classes.items() if not names or name in names]
+        for kind, classes in known.items()
     }
     if as_json:
         typer.echo(json.dumps(found, indent=2, default=str))
         return
     console = Console()
     for title, entries in found.items():
-        console.print(_table(title, entries))
+        if entries:
+            console.print(f"[bold]{title}[/bold]")
         for entry in entries:
-            console.print(f"[bold]{entry['name']}[/bold]: {escape(entry['doc'])}", highlight=False)
+            name = f"[bold]{entry['name']}[/bold] ({entry['class']})"
+            console.print(f"{name}: {escape(entry['doc'])}", highlight=False)
+            console.print(_table(entry) if entry["fields"] else "")
 
 
 def describe(name: str, cls: type[Algorithm] | type[Selector]) -> dict[str, Any]:
@@ -86,25 +99,24 @@ def describe(name: str, cls: type[Algorithm] | type[Selector]) -> dict[str, Any]
     return {"name": name, "class": cls.__name__, "doc": (cls.__doc__ or "").strip().split("\n")[0], "fields": rows}
 
 
-def _table(title: str, entries: list[dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for heading in ("name", "field", "type", "default", "meaning"):
+def _table(entry: dict[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for heading in ("field", "default", "meaning"):
         table.add_column(heading, no_wrap=heading != "meaning")
-    for entry in entries:
-        rows: list[dict[str, Any]] = entry["fields"]
-        for number, row in enumerate(rows or [{}]):
-            name = str(entry["name"]) if number == 0 else ""
-            cells = (str(row["name"]), str(row["type"]), _default(row), _meaning(row)) if row else ()
-            table.add_row(name, *map(escape, cells), end_section=number >= len(rows) - 1)
+    for row in entry["fields"]:
+        table.add_row(*map(escape, (str(row["name"]), _default(row), f"{row['type']}: {_meaning(row)}")))
     return table
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
-    """Measure on this network: sparcomm bench [options], or one of the others: sparcomm bench NAME [options]."""
+    """Measure on this network; or one of the other benchmarks, by its name. Without options: what there is."""
     known, arguments = benches(), context.args
     if arguments[:1] in (["-h"], ["--help"]) or (not arguments and "RANK" not in os.environ):
-        typer.echo("others: sparcomm bench NAME [options], with NAME one of " + ", ".join(known))
+        typer.echo("others: sparcomm bench NAME [options], with NAME one of")
+        for name, shows in known.items():
+            typer.echo(f"  {name:<11}{shows}")
+        typer.echo()
         arguments = ["--help"]
     name = MAIN_BENCH
     if arguments and not arguments[0].startswith("-"):

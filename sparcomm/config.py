@@ -21,6 +21,9 @@ from sparcomm.algorithms.base import Algorithm
 from sparcomm.errors import ConfigError
 from sparcomm.selectors import Selector, make_selector
 
+# Words for what Python spells otherwise, as YAML and the command line have them.
+_WORDS: dict[str, Any] = {"true": True, "false": False, "none": None, "null": None}
+
 # What makes a part of a configuration of text or a mapping, by the type that a field is annotated with.
 _MAKERS: dict[Any, Callable[[Any], Any]] = {Selector: make_selector}
 
@@ -55,8 +58,9 @@ def algorithm_from_config(config: Mapping[str, Any]) -> Algorithm:
 
     Args:
         config: ``name`` is required, every other key is a field of that algorithm. Values must have the field's
-            own type (an int serves as a float, a list as a tuple; nothing else is converted). A field that is an
-            algorithm or a selector takes one, a mapping like this, or text such as ``spardl(density=0.01)``.
+            own type (an int serves as a float, a list as a tuple, "none" as None where that is allowed and text is
+            not; nothing else is converted). A field that is an algorithm or a selector takes one, a mapping like this,
+            or text such as ``spardl(density=0.01)``.
 
     Raises:
         ConfigError: not a mapping, unknown name or key, mistyped or forbidden value. The message lists what is valid.
@@ -68,7 +72,7 @@ def algorithm_from_config(config: Mapping[str, Any]) -> Algorithm:
         problem = "is missing" if name is None else f"is {name!r}"
         raise ConfigError(f"algorithm 'name' {problem}: must be one of {_listed(known)}")
     if name not in known:
-        raise ConfigError(f"unknown algorithm {name!r}{suggestion(name, known)}: must be one of {_listed(known)}")
+        raise ConfigError(f"unknown algorithm {name!r}{algorithm_suggestion(name)}: must be one of {_listed(known)}")
     cls = known[name]
     fields = {s.name: s for s in settings(cls)}
     for key in given:
@@ -85,19 +89,18 @@ def algorithm_from_config(config: Mapping[str, Any]) -> Algorithm:
 def algorithm_from_text(text: str) -> Algorithm:
     """The algorithm that text such as ``spardl`` or ``spardl(density=0.01, schedule='direct')`` describes.
 
-    Values are Python literals, or algorithms written in the same way.
+    Values are Python literals, single words, or algorithms written in the same way.
 
     Raises:
         ConfigError: anything else, or what ``algorithm_from_config`` refuses.
     """
     try:
-        found = ast.parse(text.strip(), mode="eval").body
-        if isinstance(found, ast.Name):
-            return algorithm_from_config({"name": found.id})
-        if isinstance(found, ast.Call) and isinstance(found.func, ast.Name) and not found.args:
-            given = {str(k.arg): _literal(k.value) for k in found.keywords if k.arg is not None}
-            if len(given) == len(found.keywords) and "name" not in given:
-                return algorithm_from_config({"name": found.func.id, **given})
+        called = _call(ast.parse(text.strip(), mode="eval").body)
+        if called is not None:
+            name, keywords = called
+            given = {str(k.arg): _literal(k.value) for k in keywords if k.arg is not None}
+            if len(given) == len(keywords) and "name" not in given:
+                return algorithm_from_config({"name": name, **given})
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -106,15 +109,26 @@ def algorithm_from_text(text: str) -> Algorithm:
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """Text such as ``" (did you mean 'spardl'?)"`` for the nearest known word, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    return _nearest(word, {k.lower(): k for k in known})
+
+
+def algorithm_suggestion(word: str, others: Iterable[str] = ()) -> str:
+    """``suggestion`` of an algorithm, by its class's name, too; ``others``: further known words."""
+    known = registry()
+    classes = {cls.__name__.lower(): name for name, cls in known.items()}
+    return _nearest(word, classes | {k.lower(): k for k in (*known, *others)})
+
+
+def _nearest(word: str, known: Mapping[str, str]) -> str:
+    near = difflib.get_close_matches(word.lower(), list(known), n=1)
+    return f" (did you mean {known[near[0]]!r}?)" if near else ""
 
 
 def _keys(config: Mapping[str, Any]) -> dict[str, Any]:
     # Callers hand over parsed YAML, whose type is what the file says rather than what the annotation promises.
     config_: Any = config
     if not isinstance(config_, Mapping):
-        raise ConfigError(f"algorithm must be a mapping with a 'name', got {config!r}")
+        raise ConfigError(f"algorithm must be a mapping with a 'name', such as {{name: spardl}}, got {config!r}")
     for key in config:
         key_: Any = key
         if not isinstance(key_, str):
@@ -144,9 +158,35 @@ def _documented(docstring: str) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in zip(entries[::2], entries[1::2], strict=True)}
 
 
+def _call(node: ast.expr) -> tuple[str, list[ast.keyword]] | None:
+    """Name and fields of an algorithm as text has it; a hyphen in the name reads as a minus."""
+    if isinstance(node, ast.Name):
+        return node.id, []
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+        return node.func.id, node.keywords
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub) and not isinstance(node.left, ast.Call):
+        left, right = _call(node.left), _call(node.right)
+        if left and right and not left[1]:
+            return f"{left[0]}-{right[0]}", right[1]
+    return None
+
+
 def _literal(node: ast.expr) -> Any:
-    """A value in the text of an algorithm; another algorithm stays text."""
-    return ast.unparse(node) if isinstance(node, ast.Call) else ast.literal_eval(node)
+    """A value in the text of an algorithm; words, selectors and other algorithms stay text."""
+    called = _call(node)
+    if isinstance(node, ast.Call) or (called and called[1]):
+        return ast.unparse(node)
+    return _WORDS.get(called[0], called[0]) if called else ast.literal_eval(node)
+
+
+def word(text: str) -> Any:
+    """A value as it is typed on the command line: a Python literal, one of a few words for such, or text."""
+    if text in _WORDS:
+        return _WORDS[text]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
 
 
 def _nested(name: str, setting: Setting, value: Any) -> Algorithm:
@@ -177,6 +217,8 @@ def _checked(name: str, setting: Setting, hint: Any, value: Any) -> Any:
     kinds = [kind for kind in (hint, *get_args(hint)) if kind in _MAKERS]
     if kinds and isinstance(value, (str, Mapping)):
         return _MAKERS[kinds[0]](value)
+    if isinstance(value, str) and NoneType in get_args(hint) and str not in get_args(hint):
+        value = None if value.lower() in ("none", "null") else value
     # A dataclass has a configuration of its own, and takes no other.
     own = bool(dataclasses.is_dataclass(hint))
     adapter: TypeAdapter[Any] = TypeAdapter(hint, config=None if own else ConfigDict(arbitrary_types_allowed=True))
@@ -187,7 +229,7 @@ def _checked(name: str, setting: Setting, hint: Any, value: Any) -> Any:
     else:
         if not setting.allowed or taken in setting.allowed:
             return taken
-    example = "" if setting.required else f", such as {setting.default!r}"
+    example = "" if setting.required or setting.default is None else f", such as {setting.default!r}"
     wanted = f"one of {_listed(setting.allowed)}" if setting.allowed else f"of type {setting.type}{example}"
     near = suggestion(value, map(str, setting.allowed)) if isinstance(value, str) else ""
     raise ConfigError(f"{setting.name}={value!r}{near} for algorithm {name!r}: must be {wanted}")

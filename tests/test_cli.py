@@ -62,6 +62,18 @@ def test_list_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert all(field["doc"] for entry in chosen.values() for field in entry["fields"])
 
 
+def test_list_of_some(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert call(monkeypatch, "list", "s2", "gaussiank") == 0
+    shown = capsys.readouterr().out
+    assert "s2 (S2Reducer): " in shown
+    assert "granularity" in shown
+    assert "reestimate_every" in shown
+    assert "spardl" not in shown
+    assert call(monkeypatch, "list", "S2Reducer") == 2
+    assert capsys.readouterr().err.startswith("error: nothing is called 'S2Reducer' (did you mean 's2'?): must be one")
+
+
 def test_an_unknown_benchmark_is_one_line_that_lists_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,7 +102,9 @@ def test_bench_alone_says_what_there_is(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, *arguments) == 0
-    assert "wire" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "wire" in shown
+    assert "S2Reducer sends least" in shown, "what each shows"
 
 
 @pytest.mark.parametrize(
@@ -100,6 +114,10 @@ def test_bench_alone_says_what_there_is(
         (["--algorithms", "dense,spardl:layout=heap"], "layout='heap'"),
         (["sync", "--density", "2"], "--density 2"),
         (["overlap", "--layers", "1"], "--layers"),
+        (["feedback", "--density", "2"], "--density: must be in (0, 1], got '2'"),
+        (["feedback", "--png", "owed.pdf"], "--png owed.pdf: must end in .png"),
+        (["s2", "--overlaps=-1"], "--overlaps: must be in [0, 1], got '-1'"),
+        (["wire", "--sizes", "0"], "--sizes"),
     ],
 )
 def test_what_is_typed_wrong_after_bench_is_one_line(

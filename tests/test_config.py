@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from sparcomm.algorithms import registry
 from sparcomm.algorithms.dense import Dense
 from sparcomm.algorithms.hierarchical import Hierarchical
+from sparcomm.algorithms.majority_vote import MajorityVote
+from sparcomm.algorithms.s2 import S2Reducer
 from sparcomm.algorithms.spardl import SparDL
 from sparcomm.algorithms.topk import TopKAllGather
 from sparcomm.config import Setting, _checked, algorithm_from_config, algorithm_from_text, settings
@@ -43,6 +45,17 @@ from sparcomm.selectors.topk import TopK
             {"name": "hierarchical", "outer": "spardl(density=0.02, schedule='direct')", "local_size": 2},
             Hierarchical(outer=SparDL(density=0.02, schedule="direct"), local_size=2),
         ),
+        ({"name": "hierarchical", "outer": "majority-vote"}, Hierarchical(outer=MajorityVote())),
+        (
+            {"name": "hierarchical", "outer": "hierarchical(outer=majority-vote(momentum=0.9, mask=true))"},
+            Hierarchical(outer=Hierarchical(outer=MajorityVote(momentum=0.9, mask=True))),
+        ),
+        (
+            {"name": "hierarchical", "outer": "s2(density=none, decoder=peel, latency=null)"},
+            Hierarchical(outer=S2Reducer(decoder="peel")),
+        ),
+        ({"name": "s2", "density": None}, S2Reducer()),
+        ({"name": "s2", "density": "none", "ratio": "None"}, S2Reducer()),
         ({"name": "hierarchical", "groups": [[0, 2], [1, 3]]}, Hierarchical(groups=((0, 2), (1, 3)))),
         (
             {"name": "hierarchical", "outer": "hierarchical(inner=topk(density=0.5), outer=dense(), local_size=2)"},
@@ -70,6 +83,12 @@ def test_every_case_survives_the_round_trip(name: str, size: int) -> None:
         ({}, ["'name' is missing", "'dense'", "'spardl'", "'topk'"]),
         ({"name": 3}, ["3", "'spardl'"]),
         ({"name": "spardll"}, ["'spardll'", "did you mean 'spardl'?", "'dense'", "'topk'"]),
+        ({"name": "S2Reducer"}, ["'S2Reducer'", "did you mean 's2'?"]),
+        ({"name": "TopKAllGather"}, ["did you mean 'topk'?"]),
+        ({"name": "majority_vote"}, ["did you mean 'majority-vote'?"]),
+        ({"name": "s2", "density": "all"}, ["density='all'", "float | None"]),
+        ({"name": "s2", "density": 2}, ["density=2.0", "at most 1", "or None for all that is not zero"]),
+        ({"name": "spardl", "density": "none"}, ["density='none'", "such as 0.01"]),
         ({"name": "powersgd"}, ["'powersgd'", "'dense'", "'spardl'", "'topk'"]),
         ({"name": "spardl", "densty": 0.1}, ["'densty'", "did you mean 'density'?", "'schedule'", "'layout'"]),
         ({"name": "dense", "density": 0.1}, ["'density'", "'dense'", "'native'"]),
@@ -144,7 +163,8 @@ def test_settings_list_the_choices() -> None:
 @pytest.mark.parametrize("text", [
     "", "(", "3", "'spardl'", "spardl(0.1)", "spardl(**{'density': 0.1})", "spardl(density=x)", "spardl.density", "a b",
     "spardl(name='dense')", "spardl(density=[0.1][0])", "spardl(density=0.1, density=0.2)", "os.system(x=1)", "\0",
-    "spardl(density=__import__('os'))", "x" * 300, "(" * 300 + ")" * 300,
+    "spardl(density=__import__('os'))", "majority-vote(momentum=0.5)-x(mask=true)", "majority-3", "spardl()-topk",
+    "x" * 300, "(" * 300 + ")" * 300,
 ])  # fmt: skip
 def test_text_that_is_no_algorithm(text: str) -> None:
     with pytest.raises(ConfigError):

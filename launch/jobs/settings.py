@@ -185,9 +185,9 @@ class Settings(Strict):
     record_gradients: Recorded | None = None
     output: str = ""
 
-    @field_validator("algorithm")
+    @field_validator("algorithm", mode="before")
     @classmethod
-    def _known(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+    def _known(cls, value: Any) -> Any:
         if value is not None:
             algorithm_from_config(value)
         return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import importlib
 import inspect
@@ -12,7 +11,7 @@ from typing import Any
 from sparcomm.algorithms import Algorithm, registry
 from sparcomm.algorithms.dense import Dense
 from sparcomm.codecs.packet import check_values
-from sparcomm.config import algorithm_from_config, settings, suggestion
+from sparcomm.config import algorithm_from_config, algorithm_suggestion, settings, suggestion, word
 from sparcomm.errors import ConfigError
 
 TORCH = ("dense", "fp16", "bf16", "powersgd")
@@ -54,12 +53,14 @@ def parse(typed: str, density: float, values: str | None, schedule: str | None) 
             raise ConfigError(f"{typed!r}: 'ordered' has no options")
         return Entry(typed, Dense())
     shared = {"density": density, "values": values, "schedule": schedule}
-    if "." in name:
+    if "." in name and all(part.isidentifier() for part in name.split(".")):
         return Entry(typed, _imported(name, options, shared))
     if name not in registry():
-        known = [*registry(), "ordered", *(f"torch:{hook}" for hook in TORCH)]
-        hint = "; options follow a colon, as in spardl:values=bfloat16" if "=" in name else suggestion(name, known)
-        raise ConfigError(f"unknown algorithm {name!r}{hint}: must be one of {', '.join(map(repr, known))}")
+        others = ["ordered", *(f"torch:{hook}" for hook in TORCH)]
+        hint = "; options follow a colon, as in spardl:values=bfloat16"
+        hint = hint if set(name) & set("=( ") else algorithm_suggestion(name, others)
+        known = ", ".join(map(repr, [*registry(), *others]))
+        raise ConfigError(f"unknown algorithm {name!r}{hint}: must be one of {known}")
     return Entry(typed, algorithm_from_config({"name": name, **_fitting(registry()[name], shared), **options}))
 
 
@@ -93,17 +94,8 @@ def _options(typed: str, parts: list[str]) -> dict[str, Any]:
             raise ConfigError(f"{typed!r}: {part!r} must be FIELD=VALUE")
         if key in options:
             raise ConfigError(f"{typed!r}: {key!r} is given twice")
-        options[key] = _value(text)
+        options[key] = word(text)
     return options
-
-
-def _value(text: str) -> Any:
-    if text in ("true", "false"):
-        return text == "true"
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def _fitting(cls: type[Algorithm], shared: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from sparcomm.bench.faults_plan import KINDS, draw
 from sparcomm.bench.faults_world import Forks, Outcome, references, run_all
+from sparcomm.bench.options import Parser
 
 MEANING = {
     "kill": "killed (SIGKILL)", "stall": "stopped (SIGSTOP)", "raise": "raises in its own code",
@@ -83,7 +84,7 @@ def tell(outcome: Outcome) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options."""
-    parser = argparse.ArgumentParser(prog="sparcomm bench faults", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = Parser(prog="sparcomm bench faults", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--count", type=int, default=200, help="injections")
     parser.add_argument("--seed", type=int, default=0)

@@ -14,7 +14,6 @@ delivers b times what it should, and error feedback then grows without bound.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,8 @@ from torch import Tensor
 
 from sparcomm.algorithms import Algorithm, registry
 from sparcomm.bench.gradient import gradient
+from sparcomm.bench.options import Parser, at_least, check_png, positive, share
+from sparcomm.errors import ConfigError
 from sparcomm.transport import sim
 from sparcomm.transport.base import Transport
 
@@ -88,24 +89,11 @@ def follow(algorithm: Algorithm, masks: list[Tensor], steps: int, seed: int) -> 
 
 def main(argv: list[str] | None = None) -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(prog="sparcomm bench feedback", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", type=int, default=4, help="ranks")
-    parser.add_argument("--numel", type=int, default=65536)
-    parser.add_argument("--density", type=float, default=0.05, help="share of entries that are not zero on a rank")
-    parser.add_argument("--ratio", type=float, default=0.5, help="table cells per key of the union")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw what is owed (needs matplotlib)")
-    args = parser.parse_args(argv)
-    if min(args.size, args.numel, args.steps) < 1 or args.seed < 0 or not 0 < args.density <= 1 or not args.ratio > 0:
-        parser.error(
-            "needs --size, --numel, --steps of at least 1, --seed of at least 0, --density in (0, 1], --ratio > 0"
-        )
+    args = _parse(argv)
     torch.set_num_threads(1)
     masks = supports(args.numel, args.size, args.density, args.seed)
     if not any(bool(mask.any()) for mask in masks):
-        parser.error(f"at --density {args.density:g} no rank has any of {args.numel} entries: raise one of them")
+        raise ConfigError(f"at --density {args.density:g} no rank has any of {args.numel} entries: raise one of them")
     rows = {name: follow(a, masks, args.steps, args.seed) for name, a in configurations(args.ratio).items()}
     if args.png:
         draw(rows, args.png)
@@ -122,6 +110,25 @@ def main(argv: list[str] | None = None) -> None:
         cells = (f"{row[m - 1][0]:.3g} ({row[m - 1][1]:.2g})" if m <= len(row) else "diverged" for m in marks)
         table.add_row(name, *cells)
     Console(width=140).print(table)
+
+
+def _parse(argv: list[str] | None) -> Any:
+    """What was typed. Raises ConfigError, naming what is wrong."""
+    lines = (__doc__ or "").split("\n\n", 2)
+    made = Parser(prog="sparcomm bench feedback", description=lines[0], epilog=lines[2])
+    add = made.add_argument
+    add("--size", type=at_least(1), default=4, metavar="P", help="ranks (4)")
+    add("--numel", type=at_least(1), default=65536, metavar="N", help="elements of the gradient (65536)")
+    add("--density", type=share, default=0.05, metavar="D", help="share of entries that are not zero on a rank (0.05)")
+    add("--ratio", type=positive, default=0.5, metavar="R", help="table cells per key of the union (0.5)")
+    add("--steps", type=at_least(1), default=200, metavar="S", help="(200)")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="of gradients and supports (0)")
+    add("--json", action="store_true", help="one JSON object a line")
+    add("--png", type=Path, metavar="FILE", help="draw what is owed (needs matplotlib)")
+    options = made.parse_args(argv)
+    if options.png is not None:
+        check_png(options.png)
+    return options
 
 
 def draw(rows: dict[str, list[tuple[float, float]]], path: Path) -> None:

@@ -7,13 +7,13 @@ The transport takes the faster ones: Bruck over p2p for all_gather, Gloo's own a
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 
+from sparcomm.bench.options import Parser
 from sparcomm.transport.torchdist import TorchTransport
 from sparcomm.transport.torchdist.local import native_all_gather, native_all_to_all, run_local
 
@@ -70,7 +70,7 @@ def measure(transport: TorchTransport) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Starts the ranks, which print the table."""
-    argparse.ArgumentParser(prog="sparcomm bench gather", description=__doc__).parse_args(argv)
+    Parser(prog="sparcomm bench gather", description=__doc__).parse_args(argv)
     run_local(RANKS, measure)
 
 

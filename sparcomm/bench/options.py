@@ -89,6 +89,14 @@ def positive(text: str) -> float:
     return number
 
 
+def share(text: str) -> float:
+    """A number above 0 and at most 1."""
+    number = positive(text)
+    if number > 1:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text!r}")
+    return number
+
+
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``Common``."""
     add = parser.add_argument

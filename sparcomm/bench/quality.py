@@ -11,14 +11,13 @@ Every rank's gradient is independent normal noise times the scale that the row n
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from sparcomm.algorithms import Algorithm, registry
+from sparcomm.bench.options import Parser
 from sparcomm.transport import sim
 from sparcomm.transport.base import Transport
 
@@ -60,7 +59,7 @@ def captured(algorithm: Algorithm, scale: Tensor, size: int, seed: int) -> float
 
 def main(argv: list[str] | None = None) -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(prog="sparcomm bench quality", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = Parser(prog="sparcomm bench quality", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--size", type=int, default=8, help="ranks")
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--seeds", type=int, default=3)

@@ -10,7 +10,6 @@ error feedback with the exact global top-k of the same k, which selects from the
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from sparcomm.algorithms import Algorithm, registry
 from sparcomm.bench.gradient import exact_sum, gradient
+from sparcomm.bench.options import Parser
 from sparcomm.transport import sim
 from sparcomm.transport.base import Transport
 
@@ -74,7 +74,7 @@ def exact(gradients: Callable[[int], Tensor], n: int, k: int, steps: int) -> Ten
 
 def main(argv: list[str] | None = None) -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(prog="sparcomm bench residuals", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="sparcomm bench residuals", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", type=int, default=16, help="ranks")
     parser.add_argument("--numel", type=int, default=65536)
     parser.add_argument("--density", type=float, default=0.01)

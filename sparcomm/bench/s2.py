@@ -23,7 +23,7 @@ from rich.table import Table
 
 from sparcomm import wire
 from sparcomm.algorithms import registry
-from sparcomm.bench.options import Parser, at_least, check_png, positive
+from sparcomm.bench.options import Parser, at_least, check_png, positive, share
 from sparcomm.codecs.packet import Packet
 from sparcomm.collectives.dense import dense_traffic, log2_ceil
 from sparcomm.density import quota
@@ -116,7 +116,7 @@ def parse(argv: Sequence[str] | None) -> Any:
     add("--numel", type=at_least(1), default=4_194_304, metavar="N", help="elements of the gradient (4194304)")
     add("--widths", type=_several(at_least(1)), default=[1, 64], metavar="W,...", help="elements of a key (1,64)")
     add("--sizes", type=_several(at_least(1)), default=[2, 4, 8, 16], metavar="P,...", help="ranks (2,4,8,16)")
-    add("--densities", type=_several(_share), default=[0.001, 0.01, 0.1], metavar="D,...",
+    add("--densities", type=_several(share), default=[0.001, 0.01, 0.1], metavar="D,...",
         help="share of the keys that a rank has (0.001,0.01,0.1)")  # fmt: skip
     add("--overlaps", type=_several(_part), default=[0.0, 0.5, 1.0], metavar="O,...",
         help="share of these that all ranks have (0,0.5,1)")  # fmt: skip
@@ -183,15 +183,14 @@ def _several(one: Any) -> Any:
     return values
 
 
-def _share(text: str) -> float:
-    share = positive(text)
-    if share > 1:
-        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text!r}")
-    return share
-
-
 def _part(text: str) -> float:
-    return 0.0 if text in ("0", "0.0") else _share(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1], got {text!r}")
+    return number
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ bytes depend on the data and ``cost()`` is a bound.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from typing import Any
 
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparcomm.algorithms import Algorithm, registry
+from sparcomm.bench.options import Parser
 from sparcomm.transport import sim
 from sparcomm.transport.base import Traffic, Transport
 
@@ -40,7 +40,7 @@ def measure(algorithm: Algorithm, n: int, size: int) -> tuple[Traffic, bool]:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(prog="sparcomm bench wire", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = Parser(prog="sparcomm bench wire", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--numel", type=int, nargs="+", default=[2_000_000, 25_000_000])
     parser.add_argument("--density", type=float, default=0.01)

@@ -66,7 +66,7 @@ def attach(
 
     Warns:
         RuntimeWarning: after the first synchronised backward pass, if it called no hook.
-        UserWarning: once, for a sparse algorithm whose optimizer is known to train badly with it.
+        UserWarning: once, for an algorithm whose optimizer is known to train badly with it.
     """
     ddp = find_ddp(module)
     state = HookState(

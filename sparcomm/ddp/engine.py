@@ -229,6 +229,7 @@ class Engine:
             skipped = (~good).long()
         self._skipped = self._skipped + (int(skipped) if self._on_host else skipped)
         self.completed += 1
+        log.committed(self.log, self.completed, self.partition.units)
         self._rested = time.monotonic() if self._on_host else None
         delivery.arrive()
         self._open.clear()  # they hold DDP's buckets, the first of which DDP replaces after its first step

@@ -18,12 +18,15 @@ from sparcomm import __version__
 from sparcomm.algorithms.base import Algorithm
 from sparcomm.collectives.dense import dense_traffic
 from sparcomm.ddp.units import Unit
+from sparcomm.dtypes import working_dtype
 
 if TYPE_CHECKING:
     _Adapter = logging.LoggerAdapter[logging.Logger]
 else:
     _Adapter = logging.LoggerAdapter
 
+
+LOOKS = (10, 1000)  # steps after which ``committed`` looks at how gradients have travelled
 
 # Frames of logging's own count as callers before Python 3.11.
 _BEYOND_TELL = 2 if sys.version_info >= (3, 11) else 3
@@ -71,6 +74,22 @@ def units_made(log: RankLogger, step: int, units: Iterable[Unit]) -> None:
     )  # fmt: skip
 
 
+def committed(log: RankLogger, step: int, units: Iterable[Unit]) -> None:
+    """Warns, in two steps of a run, where an algorithm that leaves out zeros finds too few of them in most elements."""
+    if step not in LOOKS:
+        return
+    natural = [u for u in units if u.numel and getattr(u.algorithm, "density", 0) is None]
+    full = [u for u in natural if u.algorithm.cost(u.numel, u.dtype, log.size, u.state) == _dense(u, log.size)]
+    much = sum(u.numel for u in full)
+    if 2 * much > sum(u.numel for u in natural):
+        log.tell(
+            logging.WARNING,
+            "step %d: %s elements travel densely: %s without a density leaves out zeros only, and too few of these are "
+            "zero; give it a density, or use another algorithm",
+            step, f"{much:,}", full[0].algorithm.name,
+        )  # fmt: skip
+
+
 def warmed_up(log: RankLogger, step: int, density: float | None = None) -> None:
     """Says that the warm-up has ended."""
     now = "" if density is None else f", at density {density:g}"
@@ -83,6 +102,11 @@ def switched(log: RankLogger, step: int, compressed: float, dense: float, *, off
     text = "step %d: %s (%.2f ms a step compressed, %.2f ms dense)"
     # A warning if it is off: whoever has configured compression wants to know, whatever the level.
     log.tell(logging.WARNING if off else logging.INFO, text, step, verdict, 1e3 * compressed, 1e3 * dense)
+
+
+def _dense(unit: Unit, size: int) -> tuple[int, int, int]:
+    """What the dense all-reduce of a unit costs."""
+    return dense_traffic(unit.numel, working_dtype(unit.dtype).itemsize, size)
 
 
 def _span(sizes: Sequence[int]) -> str:

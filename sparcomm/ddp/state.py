@@ -61,7 +61,7 @@ class HookState:
         ConfigError: not an Algorithm, a timeout that is no time, or an option outside what is allowed.
 
     Warns:
-        UserWarning: a sparse algorithm with plain error feedback, and an optimizer that it does not go well with.
+        UserWarning: an algorithm, and an optimizer that it does not go well with.
     """
 
     def __init__(

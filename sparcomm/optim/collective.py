@@ -70,6 +70,7 @@ class CollectiveOptimizer(Optimizer, ABC):
     """
 
     _step_supports_amp_scaling = True  # a GradScaler leaves unscaling, and the decision to skip, to ``step``
+    communicates = True  # which ``sparcomm.attach`` warns of
     COPIED: ClassVar[tuple[str, ...]] = ("algorithm", "timeout")  # attributes that a copy takes along
 
     def __init__(

@@ -8,6 +8,8 @@ import pytest
 
 from sparcomm.algorithms.dense import Dense
 from sparcomm.algorithms.hierarchical import Hierarchical
+from sparcomm.algorithms.majority_vote import MajorityVote
+from sparcomm.algorithms.s2 import S2Reducer
 from sparcomm.algorithms.spardl import SparDL
 from sparcomm.algorithms.topk import TopKAllGather
 from sparcomm.bench import entries, options, overlap, world
@@ -45,6 +47,8 @@ def test_without_shared_options_an_algorithm_keeps_its_own() -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
+        (["--algorithms", "S2Reducer"], "unknown algorithm 'S2Reducer' (did you mean 's2'?)"),
+        (["--algorithms", "s2(density=0.1)"], "unknown algorithm 's2(density=0.1)'; options follow a colon"),
         (["--algorithms", "spardll"], "unknown algorithm 'spardll' (did you mean 'spardl'?)"),
         (["--algorithms", "spardl,values=bfloat16"], "options follow a colon"),
         (["--algorithms", "spardl:values"], "'values' must be FIELD=VALUE"),
@@ -125,7 +129,15 @@ def test_a_rank_is_not_told_to_start_ranks(typed: list[str]) -> None:
     assert without_ranks(typed) == ["--json"]
 
 
+@pytest.mark.parametrize("none", ["none", "null", "None"])
+def test_no_density(none: str) -> None:
+    assert entries.parse(f"s2:density={none}:granularity=4", 0.01, None, None).algorithm == S2Reducer(granularity=4)
+    assert entries.parse("s2", 0.01, None, None).algorithm == S2Reducer(0.01)
+
+
 def test_algorithms_within_algorithms() -> None:
+    voted = entries.parse("hierarchical:outer=majority-vote(momentum=0.9)", 0.01, None, None).algorithm
+    assert voted == Hierarchical(outer=MajorityVote(momentum=0.9))
     typed = "hierarchical:local_size=2:outer=spardl(density=0.05, schedule='direct')"
     assert entries.split(f"dense, {typed},topk") == ["dense", typed, "topk"]
     made = entries.parse(typed, 0.01, "bfloat16", None).algorithm

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparcomm.bench import feedback
+from sparcomm.errors import ConfigError
 
 
 def test_only_a_projection_with_new_seeds_keeps_up(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -25,13 +26,11 @@ def test_only_a_projection_with_new_seeds_keeps_up(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("wrong", [["--steps", "0"], ["--density", "0"], ["--density", "1.5"], ["--ratio", "-1"]])
-def test_wrong_sizes(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
+def test_wrong_sizes(wrong: list[str]) -> None:
+    with pytest.raises(ConfigError, match=f"{wrong[0]}.*{wrong[1]}"):
         feedback.main(wrong)
-    assert "needs --size" in capsys.readouterr().err
 
 
-def test_a_gradient_of_nothing_but_zeros_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
+def test_a_gradient_of_nothing_but_zeros_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no rank has any of 3 entries"):
         feedback.main(["--numel", "3", "--density", "1e-9", "--steps", "1"])
-    assert "no rank has any of 3 entries" in capsys.readouterr().err

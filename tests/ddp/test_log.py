@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 import sparcomm
 from sparcomm.algorithms.dense import Dense
+from sparcomm.algorithms.s2 import S2Reducer
 from sparcomm.algorithms.spardl import SparDL
 from sparcomm.ddp import log
 from sparcomm.ddp.units import Carried, Partition
@@ -118,3 +121,41 @@ def test_a_real_run_says_how_it_was_set_up_and_cut_and_when_it_is_warm(warmup: i
     assert f"over 2 ranks, {sum(SIZES):,} elements in {len(SIZES)} parameters" in said[0]
     assert said[1].startswith("step 1: ")
     assert "less than dense" in said[1]
+
+
+def full_and_sparse(rank: int, size: int) -> list[str]:
+    """What S2Reducer without a density is said to do, on gradients without zeros and on ones that are mostly zero."""
+    said: list[str] = []
+    for filled in (1.0, 0.02):
+        ddp = wrap(torch.nn.Linear(1000, 4, bias=False))
+        with capture() as records:
+            state = sparcomm.attach(ddp, S2Reducer(latency=0.0, bandwidth=1e6), timeout=30)
+            for step in range(12):
+                x = torch.zeros(1, 1000)
+                x[0, : int(1000 * filled)] = 1.0 + step
+                ddp(x).sum().backward()
+            state.stats()  # waits
+            state.close()
+        said += [r.getMessage() for r in records if r.levelno >= logging.WARNING] or ["nothing"]
+    return said
+
+
+@contextlib.contextmanager
+def capture() -> Iterator[list[logging.LogRecord]]:
+    """Records of the logger, in whatever process."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger("sparcomm").addHandler(handler)
+    try:
+        yield records
+    finally:
+        logging.getLogger("sparcomm").removeHandler(handler)
+
+
+def test_a_missing_density_is_noticed_where_nothing_is_zero() -> None:
+    first, other = pool(2).run(full_and_sparse)
+    assert len(first) == 2
+    assert "step 10: 4,000 elements travel densely: s2 without a density" in first[0]
+    assert first[1] == "nothing"
+    assert other == ["nothing", "nothing"]

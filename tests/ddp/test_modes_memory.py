@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import sparcomm
-from sparcomm import ConfigError, Dense, MomentumCorrection, SparDL, TopKAllGather
+from sparcomm import ConfigError, Dense, MajorityVote, MomentumCorrection, OneBitAllReduce, SparDL, TopKAllGather
 from sparcomm.algorithms import Algorithm
 from sparcomm.ddp import advice
 from support.modes import assert_replicas, debts, flat, loss_of, net, over_ranks, owed, simply
@@ -234,6 +234,33 @@ def test_adam_with_plain_error_feedback_warns_once_and_names_the_recipe(recwarn:
     with pytest.warns(UserWarning, match=r"AdamW .*docs/tuning\.md"):
         sparcomm.HookState(SparDL(density=0.01), optimizer=adam)
     sparcomm.HookState(SparDL(density=0.01), optimizer=adam)
+    assert not recwarn.list
+    advice._told.clear()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "optimizer", "says"),
+    [
+        (MajorityVote(), torch.optim.AdamW, "AdamW's second moment"),
+        (OneBitAllReduce(), torch.optim.Adam, r"optim\.OneBitAdam"),
+        (MajorityVote(), lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9), r"every weight by up to 0\.1 in"),
+        (SparDL(density=0.01), sparcomm.optim.Signum, r"keep_local\(ddp\)"),
+        (MajorityVote(), lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9), None),
+        (MajorityVote(scale=True), lambda p: torch.optim.SGD(p, lr=0.1), None),
+        (OneBitAllReduce(), lambda p: torch.optim.SGD(p, lr=0.1), None),
+    ],
+)
+def test_signs_and_an_optimizer_that_does_not_fit_them(
+    algorithm: Any, optimizer: Any, says: str | None, recwarn: pytest.WarningsRecorder
+) -> None:
+    advice._told.clear()
+    made = optimizer(list(net().parameters()))
+    if says is None:
+        sparcomm.HookState(algorithm, optimizer=made)
+    else:
+        with pytest.warns(UserWarning, match=says):
+            sparcomm.HookState(algorithm, optimizer=made)
+    sparcomm.HookState(algorithm, optimizer=made)
     assert not recwarn.list
     advice._told.clear()
 

@@ -20,7 +20,10 @@ def check(s: S2Reducer) -> None:
     if s.decoder not in DECODERS:
         raise ConfigError(f"decoder={s.decoder!r}: must be one of {', '.join(map(repr, DECODERS))}")
     if s.density is not None:
-        check_density(s.density)
+        try:
+            check_density(s.density)
+        except ConfigError as error:
+            raise ConfigError(f"{error}, or None for all that is not zero") from error
     elif s.selector != "topk":
         raise ConfigError(f"selector={s.selector!r}: chooses nothing without a density")
     _check_whole("granularity", s.granularity)
