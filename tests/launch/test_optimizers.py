@@ -44,8 +44,8 @@ def test_a_job_resumes_bit_for_bit(kind: str, tmp_path: Path) -> None:
     for metrics in (*whole, *resumed):
         assert metrics["summary"]["identical"]
         assert metrics["summary"]["sha256"] == whole[0]["summary"]["sha256"]
-        # A second start compares settings once more.
-        assert metrics["summary"]["bytes_sent"] == pytest.approx(whole[0]["summary"]["bytes_sent"], abs=100)
+        # A second start compares settings once more: 16 numbers of 8 bytes.
+        assert 0 <= metrics["summary"]["bytes_sent"] - whole[0]["summary"]["bytes_sent"] <= 128 * 2
         assert metrics["summary"]["ratio"] > (2 if kind == "onebit_adam" else 15)
         assert set(metrics["summary"]["phases"]) == {"code", "wire"}
         assert metrics["summary"]["steps"] == 8
