@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from sparcomm.algorithms import registry
+from sparcomm.algorithms.s2 import S2Reducer
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -70,3 +74,25 @@ def test_its_map_is_the_tree() -> None:
     assert lost == []
     packages = {p.name for p in (ROOT / "sparcomm").iterdir() if (p / "__init__.py").exists()}
     assert packages <= {part for name in named for part in name.split("/")}
+
+
+def test_the_table_of_algorithms_is_that_of_the_registry() -> None:
+    text = (
+        (ROOT / "docs/tuning.md").read_text(encoding="utf-8").partition("## Which algorithm")[2].partition("\n## ")[0]
+    )
+    rows = re.findall(r"^\| `([\w-]+)` \| `(\w+)` \|[^|]*\| ([\d.]*) ?\|", text, re.MULTILINE)
+    assert {name: cls for name, cls, _ in rows} == {name: cls.__name__ for name, cls in registry().items()}
+    made = {**{name: registry()[name]() for name, *_ in rows}, "s2": S2Reducer(0.01, "compact")}
+    for name, _, megabytes in rows:
+        if name != "hierarchical":  # whose bytes are those of what is in it
+            assert megabytes == f"{made[name].cost(4_194_304, torch.float32, 8).bytes_sent / 1e6:.3f}", name
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_pages_point_at_what_exists(page: Path) -> None:
+    for link in re.findall(r"\]\(([^):]+)\)", page.read_text(encoding="utf-8")):
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        titles = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.MULTILINE)
+        assert not heading or heading in [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles], link
