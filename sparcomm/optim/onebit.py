@@ -10,7 +10,8 @@ ranks, so with an exact sum it makes no difference. ``compress="momentum"`` send
 
 **Entries that were zero throughout the warm-up**, such as rows of an embedding that did not occur, have v = 0, and one
 bit cannot say zero. They stay as they are after the switch: neither moved nor summed, nothing is owed for them. The
-published code wants a mask from the user.
+published code wants a mask from the user. They do count in the means of magnitudes: where they are many, scales are too
+small for the rest, unless ``OneBitAllReduce(mask=True)`` tells them apart.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class OneBitAdam(CollectiveOptimizer):
         weight_decay: decoupled.
         warmup: how many dense steps come first.
         compress: "update" or "momentum", see above.
-        algorithm: what carries the momentum afterwards; default ``sparcomm.OneBitAllReduce()``.
+        algorithm: what carries the momentum afterwards; default ``sparcomm.OneBitAllReduce()``; with ``mask=True``
+            where most entries are idle, as in large embeddings.
         process_group, transport, timeout: see ``CollectiveOptimizer``.
 
     Raises:
