@@ -142,6 +142,15 @@ class Bags:
         """() bool: nothing non-finite, nothing damaged in anything seen. After an all-gather the same on all ranks."""
         return self.flags[0] == 0
 
+    def refuse_damage(self) -> None:
+        """Raises DamagedBag if damage was ever seen, for hosts about to go on by what came; they wait for the device.
+
+        On CPU it has raised already.
+        """
+        damage = self.damage()
+        if damage is not None and bool(damage):
+            raise DamagedBag(f"step {self.step}, unit {self.unit}: a bag, now or in an earlier step, was damaged")
+
     def damage(self) -> Tensor | None:
         """What ``State.damage`` must be from now on: None on CPU, where damage has raised."""
         return None if self.device.type == "cpu" else self.flags & wire.DAMAGED

@@ -77,12 +77,7 @@ class Rows:
 
     def fill(self, x: Tensor) -> None:
         """Writes a vector of at most size * chunk elements into ``values``, rank after rank, and zeros behind it."""
-        chunk = self.values.shape[1]
-        whole, rest = divmod(x.numel(), chunk)
-        self.values[:whole] = x[: whole * chunk].view(whole, chunk)
-        self.values[whole:] = 0
-        if rest:
-            self.values[whole, :rest] = x[whole * chunk :]
+        deal(x, self.values)
 
     def exchange(self) -> None:
         """Seals and sends the rows; what came is still to be opened. Collective."""
@@ -114,6 +109,16 @@ class Rows:
                 total.copy_(self.came[rank]) if rank == 0 else total.add_(self.came[rank])
             self._sealer.note_nonfinite(total)
         return total
+
+
+def deal(x: Tensor, chunks: Tensor) -> None:
+    """Writes ``x`` (m,), m at most p * chunk, row after row into ``chunks`` (p, chunk), and zeros behind it."""
+    chunk = chunks.shape[1]
+    whole, rest = divmod(x.numel(), chunk)
+    chunks[:whole] = x[: whole * chunk].view(whole, chunk)
+    chunks[whole:] = 0
+    if rest:
+        chunks[whole, :rest] = x[whole * chunk :]
 
 
 def payloads(rows: Tensor, dtype: torch.dtype) -> Tensor:

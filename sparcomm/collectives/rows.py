@@ -18,7 +18,7 @@ from sparcomm.clock import Clock
 from sparcomm.collectives.bags import Bags
 from sparcomm.collectives.bitmap import bitmap_all_reduce, bitmap_traffic
 from sparcomm.collectives.dense import dense_traffic, ordered_all_reduce
-from sparcomm.errors import DamagedBag
+from sparcomm.kernels import Kernels
 from sparcomm.transport.base import Transport
 from sparcomm.workspace import Workspace
 
@@ -53,21 +53,29 @@ def union_all_reduce(
     with clock.span("code"):
         kernels.bitmap_encode(key, keys, words)
     bitmap_all_reduce(words, words, bags, transport, clock, workspace)
-    _refuse_damage(bags)  # the union of a damaged bitmap would have a size of its own
+    bags.refuse_damage()  # the union of a damaged bitmap would have a size of its own
     with clock.span("code"):
         union = kernels.ones(words)
-        mine = value.new_zeros(union.numel(), value.shape[1])
-        mine[kernels.rank(words, kernels.prefix(words), key)] = value
+        mine = spread(key, value, words, union.numel(), kernels)
     workspace.give(words)
-    total = torch.empty_like(mine)
-    if total.numel():  # all ranks agree on that
-        passing = Workspace()  # of other sizes in every step: kept, they would pile up
-        ordered_all_reduce(mine.view(-1), total.view(-1), bags, transport, clock, passing)
-        _refuse_damage(bags)
+    total = sum_compacted(mine.view(-1), bags, transport, clock).view_as(mine)
+    bags.refuse_damage()
     return union, total
 
 
-def _refuse_damage(bags: Bags) -> None:
-    damage = bags.damage()
-    if damage is not None and bool(damage):
-        raise DamagedBag(f"step {bags.step}, unit {bags.unit}: a message that arrived was not what was sent")
+def spread(key: Tensor, value: Tensor, words: Tensor, union: int, kernels: Kernels) -> Tensor:
+    """(union, width): ``value`` (k, width), of rows ``key``, at their places in a bitmap's rows; zeros elsewhere."""
+    mine = value.new_zeros(union, value.shape[1])
+    mine[kernels.rank(words, kernels.prefix(words), key)] = value
+    return mine
+
+
+def sum_compacted(mine: Tensor, bags: Bags, transport: Transport, clock: Clock) -> Tensor:
+    """The sum over ranks, in their order, of ``mine`` (m,), float32 or float64; nothing is sent if m is 0. Collective.
+
+    For an m that follows the data, the same on all ranks: no buffers are kept, which would pile up.
+    """
+    total = torch.empty_like(mine)
+    if total.numel():
+        ordered_all_reduce(mine, total, bags, transport, clock, Workspace())
+    return total

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sparcomm import layout
 from sparcomm.algorithms.base import Part, Summed
@@ -17,12 +18,12 @@ from sparcomm.algorithms.s2.state import ENDLESS, NOTHING, S2State
 from sparcomm.algorithms.s2.trip import Brought, round_trip
 from sparcomm.collectives.bags import Bags
 from sparcomm.collectives.dense import ordered_all_reduce
+from sparcomm.collectives.rows import spread, sum_compacted
 from sparcomm.dtypes import working_dtype
 from sparcomm.memory import compensated, nothing_owed
 from sparcomm.seeds import mixed
 from sparcomm.selectors import Memo
 from sparcomm.transport.base import Transport
-from sparcomm.workspace import Workspace
 
 if TYPE_CHECKING:
     from sparcomm.algorithms.s2 import S2Reducer
@@ -222,9 +223,8 @@ class Run:
         if not self.planner.natural or self.residual is None:
             return fixed
         width = self.keys.width
-        fed = torch.empty_like(self.words)
-        self.kernels.support(self.grad, width, fed)
-        least = torch.where(self.kernels.unpack(fed, self.keys.count)[self.key], 1, DUST)
+        grad = self.grad[self.index.clamp(max=self.keys.numel - 1)]  # padding is of the last key, as the last element
+        least = torch.where((grad != 0).view(-1, width).any(1), 1, DUST)
         kept = (fixed.view(-1, width).abs().amax(1) >= least) | ~self.value.view(-1, width).isfinite().all(1)
         self.key, self.value = self.key[kept], self.value.view(-1, width)[kept].view(-1)
         self.index = self._elements(self.key)
@@ -254,19 +254,14 @@ class Run:
 
     def spread(self, value: Tensor, union: Tensor) -> Tensor:
         """(u * width,): ``value``, of this rank's keys, at their places in ``union``; zeros elsewhere."""
-        width, kernels = self.keys.width, self.kernels
-        mine = value.new_zeros(union.numel(), width)
-        mine[kernels.rank(self.words, kernels.prefix(self.words), self.key)] = value.view(-1, width)
-        return mine.view(-1)
+        rows = value.view(-1, self.keys.width)
+        return spread(self.key, rows, self.words, union.numel(), self.kernels).view(-1)
 
     def add_up(self, mine: Tensor, key: Tensor) -> Tensor:
         """(k * width,) the sum over ranks, in their order, of ``mine``: values of ``key``, which all ranks have."""
-        total = torch.zeros_like(mine)
         inside = self._inside(key)
-        if inside:
-            passing = Workspace()  # of other sizes in every step: kept, they would pile up
-            ordered_all_reduce(mine[:inside], total[:inside], self.bags, self.transport, self.clock, passing)
-        return total
+        total = sum_compacted(mine[:inside], self.bags, self.transport, self.clock)
+        return functional.pad(total, (0, mine.numel() - inside))
 
     def _added_up(self, union: Tensor) -> Part:
         """The sum of the values themselves."""

@@ -11,8 +11,7 @@ from sparcomm import wire
 from sparcomm.algorithms.s2.sizes import Trip
 from sparcomm.clock import Clock
 from sparcomm.collectives.bags import Bags
-from sparcomm.collectives.dense import payloads
-from sparcomm.errors import DamagedBag
+from sparcomm.collectives.dense import deal, payloads
 from sparcomm.transport.base import Transport
 
 
@@ -67,7 +66,7 @@ def round_trip(
     with clock.span("code"):
         for rank in range(size):
             bags.open(arrived[rank], rank)
-        _refuse_damage(bags)
+        bags.refuse_damage()
         united = _bitmap(trip, arrived).reshape(-1)[: trip.bits].contiguous()
         summed = None if table is None else _lanes(trip, arrived, table.dtype).reshape(-1)[: trip.lanes].contiguous()
         return Brought(summed, united, int(_peaks(trip, arrived).max()) if trip.peak else peak)
@@ -75,19 +74,9 @@ def round_trip(
 
 def _fill(trip: Trip, rows: Tensor, table: Tensor | None, words: Tensor, peak: int) -> None:
     if table is not None:
-        _deal(table, _lanes(trip, rows, table.dtype))
-    _deal(words, _bitmap(trip, rows))
+        deal(table, _lanes(trip, rows, table.dtype))
+    deal(words, _bitmap(trip, rows))
     rows[:, wire.HEADER_WORDS + trip.bitmap.stop :] = peak  # and the padding
-
-
-def _deal(x: Tensor, chunks: Tensor) -> None:
-    """Writes ``x`` (m,) row by row into ``chunks`` (p, chunk), zeros after its end."""
-    chunk = chunks.shape[1]
-    whole, rest = divmod(x.numel(), chunk)
-    chunks[:whole] = x[: whole * chunk].view(whole, chunk)
-    chunks[whole:] = 0
-    if rest:
-        chunks[whole, :rest] = x[whole * chunk :]
 
 
 def _lanes(trip: Trip, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -101,9 +90,3 @@ def _bitmap(trip: Trip, rows: Tensor) -> Tensor:
 def _peaks(trip: Trip, rows: Tensor) -> Tensor:
     """The word more of one bag or of several."""
     return rows[..., wire.HEADER_WORDS + trip.bitmap.stop :]
-
-
-def _refuse_damage(bags: Bags) -> None:
-    """On a CPU damage has raised. On a device the host is about to read what came, to go on by it."""
-    if bags.device.type != "cpu" and int(bags.flags) & wire.DAMAGED:
-        raise DamagedBag(f"step {bags.step}, unit {bags.unit}: a bag, now or in an earlier step, was damaged")
