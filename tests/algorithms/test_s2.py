@@ -342,6 +342,14 @@ def test_auto_takes_what_is_faster_on_the_link() -> None:
     assert fresh.plan(measured).way == "peel"
 
 
+def test_the_bound_covers_what_a_step_turns_to_when_it_has_measured_another_number_of_ranks() -> None:
+    algorithm, moved = S2Reducer(None, "auto", 64), S2State(union=2000, crest=2000, peak=0, measured=4)
+    there = S2State(union=2000, crest=2000, peak=0, latency=1.0, bandwidth=1e12, measured=8)
+    unknown, peels = (algorithm.planner(1 << 20, torch.float32, 8).cost(state) for state in (moved, there))
+    assert algorithm.planner(1 << 20, torch.float32, 8).plan(there).way == "peel"
+    assert all(most >= spent for most, spent in zip(unknown, peels, strict=True))
+
+
 def test_a_density_near_one_is_dense_by_sizes_alone() -> None:
     for decoder in ("compact", "peel", "auto", "projection"):
         assert S2Reducer(1.0, decoder).delivers_all(1000, torch.float32, 4)

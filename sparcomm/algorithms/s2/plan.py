@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from sparcomm.algorithms.s2.sizes import PEEL_ROWS, Keys, Traffic, Trip, compact_traffic, peel_columns
+from sparcomm.algorithms.s2.sizes import PEEL_ROWS, Keys, Traffic, Trip, compact_traffic, peel_columns, plus
 from sparcomm.algorithms.s2.state import S2State
 from sparcomm.collectives.dense import dense_traffic
 from sparcomm.density import quota
@@ -149,14 +149,25 @@ class Planner:
         plan = self.plan(state)
         if plan.way == DENSE:
             return self.dense
-        whole = self.compact(self.bound)
         if plan.way == COMPACT:
-            return whole
-        table = self.trip(plan).traffic
-        if plan.way != PEEL:
-            return table
+            whole, table = self.compact(self.bound), self.unforeseen(state)
+            if table is None:
+                return whole
+            peel = self.peel(table)
+            return max(whole[0], peel[0]), max(whole[1], peel[1]), max(whole[2], peel[2])
+        return self.trip(plan).traffic if plan.way != PEEL else self.peel(plan)
+
+    def unforeseen(self, state: State | None) -> Plan | None:
+        """What an "auto" step may turn to once it has measured the link: with a state from another number of ranks."""
+        if self.algorithm.decoder != "auto" or not isinstance(state, S2State) or state.peak is None:
+            return None
+        expected = None if self.algorithm.link(state, self.size) else self.expected(PEEL, state)
+        return None if expected is None else self.table(PEEL, expected)
+
+    def peel(self, plan: Plan) -> Traffic:
+        """The most that a table to be peeled costs: all its keys may be left."""
         rest = dense_traffic(self.keys.elements(self.bound), self.itemsize, self.size)
-        return table[0] + rest[0], table[1] + rest[1], table[2] + rest[2]
+        return plus(self.trip(plan).traffic, rest)
 
 
 def _seconds(traffic: Traffic, link: Link) -> float:
