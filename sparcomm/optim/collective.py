@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from sparcomm import __version__, wire
 from sparcomm.algorithms.base import Algorithm, Reduced
 from sparcomm.errors import CheckpointError, ConfigError, DamagedBag
+from sparcomm.kernels import warm_up
 from sparcomm.optim.buckets import Bucket, make_buckets
 from sparcomm.optim.meeting import Meeting
 from sparcomm.transport.base import Traffic, Transport
@@ -79,6 +80,10 @@ class CollectiveOptimizer(Optimizer, ABC):
     ) -> None:  # fmt: skip
         if not isinstance(algorithm, Algorithm):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError(f"algorithm={algorithm!r}: must be an instance, such as sparcomm.Dense()")
+        if getattr(algorithm, "momentum", 0) and defaults.keys() & {"momentum", "betas"}:
+            raise ConfigError(
+                f"algorithm={algorithm!r}: its momentum would come on top of {type(self).__name__}'s own; leave it out"
+            )
         if process_group is not None and transport is not None:
             raise ConfigError("give either process_group or transport, and not both")
         self.algorithm, self.timeout = algorithm, timeout
@@ -143,6 +148,8 @@ class CollectiveOptimizer(Optimizer, ABC):
         buckets = make_buckets(self.param_groups)
         if not buckets:
             raise ConfigError("no parameter requires a gradient: there is nothing to train")
+        if any(bucket.device.type == "cpu" for bucket in buckets):
+            warm_up()  # before anyone waits for anyone: compiling may take longer than a short timeout
         meeting = Meeting.join(self._group, self._transport, buckets[0].device, self.timeout)
         try:
             self.algorithm.check_size(meeting.transport.size)

@@ -115,6 +115,8 @@ def test_rates_that_a_scheduler_sets_are_taken() -> None:
         (DistributedLion, {"betas": (0.9, 1.0)}, "betas"),
         (DistributedLion, {"betas": (0.9,)}, "betas=.*two numbers"),
         (Signum, {"algorithm": MajorityVote}, "algorithm"),
+        (Signum, {"algorithm": MajorityVote(momentum=0.5)}, "on top of Signum's own"),
+        (DistributedLion, {"algorithm": MajorityVote(momentum=0.5)}, "on top of DistributedLion's own"),
         (Signum, {"process_group": object(), "transport": object()}, "not both"),
     ],
 )
