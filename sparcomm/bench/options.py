@@ -8,10 +8,12 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from sparcomm.bench import entries, models
 from sparcomm.errors import ConfigError
+
+T = TypeVar("T")
 
 ALGORITHMS = "dense,spardl,topk,torch:fp16,torch:bf16,torch:powersgd"
 TRAINED = "dense,torch:bf16,spardl"  # with --model
@@ -95,6 +97,11 @@ def share(text: str) -> float:
     if number > 1:
         raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text!r}")
     return number
+
+
+def several(one: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    """Values separated by commas, each as ``one`` takes it."""
+    return lambda text: tuple(map(one, text.split(",")))
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

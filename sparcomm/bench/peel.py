@@ -12,21 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sparcomm.bench.options import Parser, at_least, check_png, positive
+from sparcomm.bench.options import Parser, at_least, check_png, positive, several
 from sparcomm.bench.peel_speed import Speed, speeds
 from sparcomm.errors import SparcommError
 from sparcomm.kernels import kernels_for
-
-N = TypeVar("N", int, float)
 
 KEYS = (1_000, 10_000, 100_000, 1_000_000)
 RATIOS = (1.2, 1.23, 1.27, 1.3, 1.35, 1.5, 2.0)
@@ -84,8 +82,10 @@ def parse(argv: Sequence[str] | None) -> Any:
     made = Parser(prog="sparcomm bench peel", description=lines[0], epilog=lines[2])
     add = made.add_argument
     add("--part", choices=PARTS, help="one of the two tables (both)")
-    add("--keys", type=_list(at_least(1)), default=KEYS, metavar="K,...", help="keys (1000 to 1000000)")
-    add("--ratios", type=_list(positive), default=RATIOS, metavar="R,...", help="cells of all rows per key (1.2 to 2)")
+    add("--keys", type=several(at_least(1)), default=KEYS, metavar="K,...", help="keys (1000 to 1000000)")
+    add(
+        "--ratios", type=several(positive), default=RATIOS, metavar="R,...", help="cells of all rows per key (1.2 to 2)"
+    )
     add("--rows", type=at_least(1), default=3, metavar="N", help="rows of the table, or hashes (3)")
     add("--width", type=at_least(1), default=1, metavar="W", help="values of a key (1)")
     add("--work", type=at_least(1), default=2_000_000, metavar="K",
@@ -236,10 +236,6 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
-
-
-def _list(one: Callable[[str], N]) -> Callable[[str], tuple[N, ...]]:
-    return lambda text: tuple(map(one, text.split(",")))
 
 
 if __name__ == "__main__":

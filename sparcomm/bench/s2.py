@@ -23,7 +23,7 @@ from rich.table import Table
 
 from sparcomm import wire
 from sparcomm.algorithms import registry
-from sparcomm.bench.options import Parser, at_least, check_png, positive, share
+from sparcomm.bench.options import Parser, at_least, check_png, positive, several, share
 from sparcomm.codecs.packet import Packet
 from sparcomm.collectives.dense import dense_traffic, log2_ceil
 from sparcomm.density import quota
@@ -114,11 +114,11 @@ def parse(argv: Sequence[str] | None) -> Any:
     made = Parser(prog="sparcomm bench s2", description=lines[0], epilog=lines[2])
     add = made.add_argument
     add("--numel", type=at_least(1), default=4_194_304, metavar="N", help="elements of the gradient (4194304)")
-    add("--widths", type=_several(at_least(1)), default=[1, 64], metavar="W,...", help="elements of a key (1,64)")
-    add("--sizes", type=_several(at_least(1)), default=[2, 4, 8, 16], metavar="P,...", help="ranks (2,4,8,16)")
-    add("--densities", type=_several(share), default=[0.001, 0.01, 0.1], metavar="D,...",
+    add("--widths", type=several(at_least(1)), default=(1, 64), metavar="W,...", help="elements of a key (1,64)")
+    add("--sizes", type=several(at_least(1)), default=(2, 4, 8, 16), metavar="P,...", help="ranks (2,4,8,16)")
+    add("--densities", type=several(share), default=(0.001, 0.01, 0.1), metavar="D,...",
         help="share of the keys that a rank has (0.001,0.01,0.1)")  # fmt: skip
-    add("--overlaps", type=_several(_part), default=[0.0, 0.5, 1.0], metavar="O,...",
+    add("--overlaps", type=several(_part), default=(0.0, 0.5, 1.0), metavar="O,...",
         help="share of these that all ranks have (0,0.5,1)")  # fmt: skip
     add("--latency", type=positive, default=1e-4, metavar="s", help="of a round, for the fastest way (0.0001)")
     add("--bandwidth", type=positive, default=125e6, metavar="B/s", help="of a rank's link (125000000)")
@@ -174,13 +174,6 @@ def draw(found: Sequence[Row], path: Path) -> None:
     used = sorted(set(best.values()))
     figure.legend(handles=[Patch(color=COLORS[i], label=EXACT[i]) for i in used], loc="outside upper center", ncols=6)
     figure.savefig(path, dpi=150)
-
-
-def _several(one: Any) -> Any:
-    def values(text: str) -> list[Any]:
-        return [one(part) for part in text.split(",")]
-
-    return values
 
 
 def _part(text: str) -> float:

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from sparcomm.bench import distributions
 from sparcomm.bench.distributions import Draw
-from sparcomm.bench.options import Parser, at_least, positive
+from sparcomm.bench.options import Parser, at_least, several, share
 from sparcomm.bench.select_rows import TORCH, Row, Vector
 from sparcomm.config import suggestion
 from sparcomm.errors import ConfigError
@@ -56,9 +56,15 @@ def parse(argv: Sequence[str] | None) -> Any:
     add = made.add_argument
     add("--part", choices=PARTS, help="one of the two tables (both)")
     add("--numel", type=at_least(1), default=25_000_000, metavar="N", help="speed: elements, normal (25000000)")
-    add("--density", type=_share, default=0.01, metavar="D", help="speed: k / n (0.01)")
+    add("--density", type=share, default=0.01, metavar="D", help="speed: k / n (0.01)")
     add("--quality-numel", type=at_least(1), default=4_000_000, metavar="N", help="quality: elements (4000000)")
-    add("--densities", type=_shares, default=(1e-4, 1e-3, 1e-2, 1e-1), metavar="D,...", help="quality: k / n, several")
+    add(
+        "--densities",
+        type=several(share),
+        default=(1e-4, 1e-3, 1e-2, 1e-1),
+        metavar="D,...",
+        help="quality: k / n, several",
+    )
     add("--distributions", metavar="NAME,...", help="quality: of " + ", ".join(distributions.known()))
     add("--recorded", type=Path, metavar="FOLDER", help="quality: gradients that a run has recorded, too")
     add("--selectors", default=SELECTORS, metavar="NAME,...", help=f"({SELECTORS})")
@@ -164,17 +170,6 @@ def _cell(row: Row) -> str:
 
 def _energy(row: Row) -> str:
     return "-" if row.energy is None else f"{row.energy:.3f}"
-
-
-def _share(text: str) -> float:
-    share = positive(text)
-    if share > 1:
-        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text!r}")
-    return share
-
-
-def _shares(text: str) -> tuple[float, ...]:
-    return tuple(map(_share, text.split(",")))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sparcomm import wire
-from sparcomm.bench.options import Parser, at_least
+from sparcomm.bench.options import Parser, at_least, several
 from sparcomm.bench.select_rows import best
 from sparcomm.kernels import kernels_for
 
@@ -201,7 +201,7 @@ def table(rows: Sequence[Row], repeat: int) -> Table:
 
 
 def _voters(text: str) -> tuple[int, ...]:
-    counts = tuple(map(at_least(1), text.split(",")))
+    counts = several(at_least(1))(text)
     if max(counts) > MOST:
         raise argparse.ArgumentTypeError(f"must be at most {MOST} each, got {text!r}")
     return counts
