@@ -177,6 +177,19 @@ __device__ __forceinline__ bool side_by_side(i64 local, const Cut& cut) {
     return cut.shift == -1 ? local + 3 < cut.tile : local % cut.tile + 3 < cut.tile;
 }
 
+// The first place in a sorted list whose index is not below (or, if `after`, above) a bound.
+__device__ __forceinline__ i64 search(const i64* index, i64 m, i64 bound, bool after) {
+    i64 low = 0, high = m;
+    while (low < high) {
+        const i64 middle = (low + high) / 2;
+        if (index[middle] < bound || (after && index[middle] == bound))
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
 // ---- a block of threads ------------------------------------------------------------------------------------------
 
 // ORs bits into the byte of flags. Aligned words are what atomics work on: the other three bytes stay as they are.

@@ -6,6 +6,7 @@ interface does not say so, the host waits for nothing.
 
 from __future__ import annotations
 
+from sparcomm.kernels.cuda.gauss import gaussian
 from sparcomm.kernels.cuda.working import (
     above,
     compensate,
@@ -20,5 +21,5 @@ from sparcomm.kernels.cuda.working import (
 )
 
 __all__ = [
-    "above", "compensate", "count_above", "deduct", "merge", "sample", "select", "settle", "survey", "top",
+    "above", "compensate", "count_above", "deduct", "gaussian", "merge", "sample", "select", "settle", "survey", "top",
 ]  # fmt: skip
