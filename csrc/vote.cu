@@ -85,16 +85,26 @@ __device__ __forceinline__ void decide(
     }
 }
 
-#define VOTE(name, depth)                                                                                           \
-    KERNEL name(                                                                                                    \
-        const u32* rows, i64 step, const u32* present, i64 present_step, i64 count, i64 words, i64 rule, i64 seed,   \
-        i64 first, u32* out, u32* voted                                                                             \
-    ) {                                                                                                             \
-        const Ballot ballot = {rows, step, present, present_step, count};                                           \
-        decide<depth>(ballot, words, rule, mix((u32)seed), (u32)first, out, voted);                                 \
-    }
+// For numbers up to 15: rows, or twice as many where only some vote. rows and present: `step` words from one to the next.
+KERNEL vote_4(
+    const u32* rows, i64 step, const u32* present, i64 present_step, i64 count, i64 words, i64 rule, i64 seed, i64 first,
+    u32* out, u32* voted
+) {
+    decide<4>({rows, step, present, present_step, count}, words, rule, mix((u32)seed), (u32)first, out, voted);
+}
 
-// Numbers up to 15, 255 and 131070.
-VOTE(vote_4, 4)
-VOTE(vote_8, 8)
-VOTE(vote_17, 17)
+// For numbers up to 255: rows, or twice as many where only some vote.
+KERNEL vote_8(
+    const u32* rows, i64 step, const u32* present, i64 present_step, i64 count, i64 words, i64 rule, i64 seed, i64 first,
+    u32* out, u32* voted
+) {
+    decide<8>({rows, step, present, present_step, count}, words, rule, mix((u32)seed), (u32)first, out, voted);
+}
+
+// For numbers up to 131071: rows, or twice as many where only some vote.
+KERNEL vote_17(
+    const u32* rows, i64 step, const u32* present, i64 present_step, i64 count, i64 words, i64 rule, i64 seed, i64 first,
+    u32* out, u32* voted
+) {
+    decide<17>({rows, step, present, present_step, count}, words, rule, mix((u32)seed), (u32)first, out, voted);
+}
