@@ -12,7 +12,7 @@ struct __align__(16) Numbers {
 __device__ __forceinline__ bool is_negative(GRAD x) { return (bits_of(x) >> (8 * sizeof(GRAD) - 1)) & 1; }
 
 // A warp takes 32 words of 32 elements: lane l reads element l of each word, and keeps what the warp finds of word l.
-// Eight loads are on their way at once. present may be null; where it is not, rule is to be RULE_POSITIVE.
+// Eight loads are on their way at once. present may be null; where it is not, rule is to be 0.
 KERNEL pack_signs(const GRAD* x, i64 n, i64 rule, i64 seed, i64 first, u32* out, u32* present, u8* flags) {
     const u32 lane = threadIdx.x & 31, key = mix((u32)seed);
     u32 bad = 0;

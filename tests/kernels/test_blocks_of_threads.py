@@ -14,7 +14,7 @@ from sparcomm import wire
 from sparcomm.dtypes import WIRE_DTYPES
 from sparcomm.errors import SparcommError
 from sparcomm.kernels import reference
-from support.bitmaps import as_payloads, bitmap_for, poisoned, random_words
+from support.bitmaps import as_payloads, poisoned, random_words
 from support.kernels import GRADIENTS, IMPLEMENTATIONS, WORKING, data, same
 from support.sketches import integers, keys, table_of
 
@@ -148,7 +148,9 @@ def test_medians_of_many_rows(name: str, kind: str, rows: int) -> None:
         assert same(*answers)
 
 
-@pytest.mark.parametrize(("k", "columns"), [(1, 1), (16, 1), (17, 1), (18, 1), (33, 2), (1000, 1), (1000, 7), (3000, 99)])
+@pytest.mark.parametrize(
+    ("k", "columns"), [(1, 1), (16, 1), (17, 1), (18, 1), (33, 2), (1000, 1), (1000, 7), (3000, 99)]
+)
 @pytest.mark.parametrize("name", COMPILED)
 def test_sums_of_many_keys_are_in_their_order(name: str, k: int, columns: int) -> None:
     key, value = keys(k), data("spread", 2 * k, torch.float32)
@@ -214,5 +216,5 @@ def test_what_does_not_lie_side_by_side_is_refused() -> None:
         lambda: text.dequantize(byte, code[:4], torch.float16, flags),
         lambda: text.narrow(torch.ones(4), torch.ones(4, dtype=torch.float64)),
     ):
-        with pytest.raises(SparcommError, match="must be (float32 or float64|one of)"):
+        with pytest.raises(SparcommError, match=r"must be (float32 or float64|one of)"):
             call()

@@ -22,8 +22,7 @@ def pack_signs(
     rule = _rule(zero)
     if present is not None:
         rule = _rule("positive")  # zeros are 0
-    numbers = x, x.numel(), rule, seed & MASK32, first & MASK32
-    run("signs", "pack_signs", x.numel(), x, *numbers, out, present, flags, each=32, **_types(x.dtype))
+    _run("pack_signs", x, x, x.numel(), rule, seed & MASK32, first & MASK32, out, present, flags, each=32)
 
 
 def vote(
@@ -54,16 +53,14 @@ def absolute_sum(x: Tensor) -> Tensor:
     check_signs(x)
     count = -(-x.numel() // STRETCH)
     sums, out = (torch.empty(shape, dtype=torch.float64, device=x.device) for shape in ((count,), ()))
-    run("signs", "absolute_sums", count * THREADS, x, x, x.numel(), sums, **_types(x.dtype))
-    run("signs", "total", THREADS, x, sums, count, out, **_types(x.dtype))
+    _run("absolute_sums", x, x, x.numel(), sums, each=STRETCH // THREADS)
+    run("signs", "total", THREADS, x, sums, count, out, GRAD=x.dtype, WORK=working_dtype(x.dtype))
     return out
 
 
 def _signs(words: Tensor, present: Tensor | None, scale: Tensor, out: Tensor, *, adding: bool) -> None:
     check_sign_bits(words, present, scale, out)
-    each = 16 // out.element_size()
-    arguments = words, present, scale, out, out.numel(), adding
-    run("signs", "signs", out.numel(), out, *arguments, each=each, **_types(out.dtype))
+    _run("signs", out, words, present, scale, out, out.numel(), adding, each=16 // out.element_size())
 
 
 def _rule(rule: Rule) -> int:
@@ -71,5 +68,5 @@ def _rule(rule: Rule) -> int:
     return RULES.index(rule)
 
 
-def _types(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    return {"GRAD": dtype, "WORK": working_dtype(dtype)}
+def _run(kernel: str, x: Tensor, *arguments: Tensor | float | None, each: int) -> None:
+    run("signs", kernel, x.numel(), x, *arguments, each=each, GRAD=x.dtype, WORK=working_dtype(x.dtype))

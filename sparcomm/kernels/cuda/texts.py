@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import sparcomm
+from sparcomm.dtypes import WIRE_DTYPES
 
 Types = Mapping[str, torch.dtype]  # macro of the text -> dtype
 
@@ -21,6 +22,11 @@ _GRADIENTS = ((_SINGLE, _SINGLE), (torch.float16, _SINGLE), (torch.bfloat16, _SI
 TEXTS: dict[str, list[Types]] = {
     "compensate": [{"GRAD": grad, "WORK": work} for grad, work in _GRADIENTS],
     "select": [{"WORK": work} for work in _WORKING],
+    "signs": [{"GRAD": grad, "WORK": work} for grad, work in _GRADIENTS],
+    "vote": [{}],
+    "quantize": [{"WORK": work} for work in _WORKING],
+    "narrow": [{"WORK": work, "WIRE": short} for work in _WORKING for short in WIRE_DTYPES.values()],
+    "sketch": [{"VALUE": value} for value in _WORKING],
 }
 C_NAMES = {
     torch.float32: "float",
