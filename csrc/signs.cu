@@ -21,6 +21,7 @@ KERNEL pack_signs(const GRAD* x, i64 n, i64 rule, i64 seed, i64 first, u32* out,
         const u32 room = left < 1024 ? (u32)left : 1024;
         const GRAD* from = x + tile * 1024 + lane;
         u32 minus = 0, some = 0;
+#pragma unroll 1
         for (u32 j = 0; j < 32; j += 8) {
             GRAD part[8];
 #pragma unroll
