@@ -148,7 +148,7 @@ def test_long_rows_and_many_voters(count: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("may", [None, -1])
-@pytest.mark.parametrize("name", IMPLEMENTATIONS.keys() - {"reference"})  # which would take minutes
+@pytest.mark.parametrize("name", [n for n in IMPLEMENTATIONS if n != "reference"])  # which would take minutes
 def test_as_many_voters_as_there_may_be(name: str, may: int | None) -> None:
     count = 65535
     rows, out = torch.zeros(count, 1, dtype=torch.int32), poisoned(1)
