@@ -142,6 +142,11 @@ __device__ __forceinline__ u32 mix(u32 w) {
 }
 __device__ __forceinline__ u32 noise(u32 place, u32 key) { return mix(mix(place ^ key) + key); }
 
+// What a rule says at the 32 positions of a bitmap's word; rules are numbered as in kernels/interface_bits.py.
+__device__ __forceinline__ u32 ruled(i64 rule, u32 word, u32 key) {
+    return rule == 2 ? noise(word, key) : rule == 1 ? ALL : 0;
+}
+
 __device__ __forceinline__ bool aligned(const void* p) { return ((u64)p & 15) == 0; }
 
 // ---- a layout's positions ----------------------------------------------------------------------------------------

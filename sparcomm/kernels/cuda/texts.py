@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from sparcomm.dtypes import WIRE_DTYPES
+
 Types = Mapping[str, torch.dtype]  # macro of the text -> dtype
 
 _SINGLE, _DOUBLE = torch.float32, torch.float64
@@ -21,6 +23,11 @@ TEXTS: dict[str, list[Types]] = {
     "gauss": [{"WORK": work} for work in _WORKING],
     "select": [{"WORK": work} for work in _WORKING],
     "sums": [{"WORK": work} for work in _WORKING],
+    "signs": [{"GRAD": grad, "WORK": work} for grad, work in _GRADIENTS],
+    "vote": [{}],
+    "quantize": [{"WORK": work} for work in _WORKING],
+    "narrow": [{"WORK": work, "WIRE": short} for work in _WORKING for short in WIRE_DTYPES.values()],
+    "sketch": [{"VALUE": value} for value in _WORKING],
 }
 C_NAMES = {
     torch.float32: "float",
