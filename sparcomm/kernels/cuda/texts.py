@@ -21,6 +21,11 @@ _GRADIENTS = ((_SINGLE, _SINGLE), (torch.float16, _SINGLE), (torch.bfloat16, _SI
 TEXTS: dict[str, list[Types]] = {
     "compensate": [{"GRAD": grad, "WORK": work} for grad, work in _GRADIENTS],
     "select": [{"WORK": work} for work in _WORKING],
+    "sparse": [{"WORK": work} for work in _WORKING],
+    "scatter": [{"OUT": grad, "WORK": work} for grad, work in _GRADIENTS],
+    "support": [{"GRAD": grad} for grad, _ in _GRADIENTS],
+    "bitmap": [{}],
+    "code": [{}],
 }
 C_NAMES = {
     torch.float32: "float",
