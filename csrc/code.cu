@@ -90,7 +90,7 @@ __device__ __forceinline__ void mark(u32* words, u64 place, i64 limit) {
     for (u32 step = 1; step < 32; step <<= 1) {
         const i64 other = __shfl_down_sync(ALL, word, step);
         const u32 more = __shfl_down_sync(ALL, bits, step);
-        if (lane + step < 32 && other == word) bits |= more;
+        if (other == word) bits |= more;  // beyond the last lane that is the lane's own
     }
     const i64 previous = __shfl_up_sync(ALL, word, 1);
     if (inside && (lane == 0 || previous != word)) atomicOr(words + word, bits);
