@@ -18,6 +18,10 @@ from sparcomm.kernels.cuda.codes import (
     rice_encode,
 )
 from sparcomm.kernels.cuda.entries import add, expand, gather, merge_sum, scatter, subtract
+from sparcomm.kernels.cuda.gauss import gaussian
+from sparcomm.kernels.cuda.signs import absolute_sum, add_signs, pack_signs, spread_signs, vote
+from sparcomm.kernels.cuda.sketches import estimate, from_fixed, occupancy, peel, sketch, to_fixed
+from sparcomm.kernels.cuda.values import checksum, dequantize, narrow, quantize, round_stochastic, widen
 from sparcomm.kernels.cuda.working import (
     above,
     compensate,
@@ -32,8 +36,10 @@ from sparcomm.kernels.cuda.working import (
 )
 
 __all__ = [
-    "above", "add", "bitmap_decode", "bitmap_encode", "compensate", "count_above", "deduct", "elias_fano_decode",
-    "elias_fano_encode", "expand", "gather", "merge", "merge_sum", "ones", "pack", "popcount", "prefix", "rank",
-    "rice_decode", "rice_encode", "sample", "scatter", "select", "settle", "subtract", "support", "survey", "top",
-    "unite", "unpack",
+    "above", "absolute_sum", "add", "add_signs", "bitmap_decode", "bitmap_encode", "checksum", "compensate",
+    "count_above", "deduct", "dequantize", "elias_fano_decode", "elias_fano_encode", "estimate", "expand", "from_fixed",
+    "gather", "gaussian", "merge", "merge_sum", "narrow", "occupancy", "ones", "pack", "pack_signs", "peel", "popcount",
+    "prefix", "quantize", "rank", "rice_decode", "rice_encode", "round_stochastic", "sample", "scatter", "select",
+    "settle", "sketch", "spread_signs", "subtract", "support", "survey", "to_fixed", "top", "unite", "unpack", "vote",
+    "widen",
 ]  # fmt: skip
