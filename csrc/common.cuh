@@ -142,6 +142,11 @@ __device__ __forceinline__ u32 mix(u32 w) {
 }
 __device__ __forceinline__ u32 noise(u32 place, u32 key) { return mix(mix(place ^ key) + key); }
 
+// What a rule says at the 32 positions of a bitmap's word; rules are numbered as in kernels/interface_bits.py.
+__device__ __forceinline__ u32 ruled(i64 rule, u32 word, u32 key) {
+    return rule == 2 ? noise(word, key) : rule == 1 ? ALL : 0;
+}
+
 __device__ __forceinline__ bool aligned(const void* p) { return ((u64)p & 15) == 0; }
 
 // ---- a layout's positions ----------------------------------------------------------------------------------------
@@ -175,6 +180,19 @@ __device__ __forceinline__ i64 to_global(i64 local, const i64* slot, i64 block, 
 __device__ __forceinline__ bool side_by_side(i64 local, const Cut& cut) {
     if (!cut.slot || cut.shift >= 2) return true;
     return cut.shift == -1 ? local + 3 < cut.tile : local % cut.tile + 3 < cut.tile;
+}
+
+// The first place in a sorted list whose index is not below (or, if `after`, above) a bound.
+__device__ __forceinline__ i64 search(const i64* index, i64 m, i64 bound, bool after) {
+    i64 low = 0, high = m;
+    while (low < high) {
+        const i64 middle = (low + high) / 2;
+        if (index[middle] < bound || (after && index[middle] == bound))
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
 }
 
 // ---- a block of threads ------------------------------------------------------------------------------------------

@@ -64,6 +64,15 @@ def check_sample(grad: Tensor, residual: Tensor | None, count: int) -> None:
         raise SparcommError(f"count={count} of {shapes}: must be a power of two, of flat vectors of one shape")
 
 
+def check_gaussian(x: Tensor) -> None:
+    """Raises SparcommError unless ``x`` has moments."""
+    if x.dtype not in (torch.float32, torch.float64) or x.dim() != 1 or not x.is_contiguous() or not x.numel():
+        raise SparcommError(
+            f"moments of {x.dtype}{list(x.shape)}, stride {x.stride()}: must be float32 or float64, flat and "
+            "contiguous, of at least one element"
+        )
+
+
 def key_of(threshold: float, dtype: torch.dtype) -> int:
     """The magnitude, as bits, of the largest number of ``dtype`` that is not above ``threshold``.
 

@@ -41,17 +41,18 @@ from sparcomm.kernels.cpu.bitmaps import (
 )
 from sparcomm.kernels.cpu.sketches import estimate, from_fixed, occupancy, peel, sketch, to_fixed
 from sparcomm.kernels.cpu.working import CHANGED, SIGNED, Lists
+from sparcomm.kernels.gauss import gaussian
 from sparcomm.kernels.interface import Working
 from sparcomm.layout import Layout
 from sparcomm.sparse import Sparse
 
 __all__ = [
     "above", "absolute_sum", "add", "add_signs", "bitmap_decode", "bitmap_encode", "checksum", "compensate",
-    "count_above", "deduct", "dequantize", "elias_fano_decode", "elias_fano_encode", "estimate", "expand",
-    "from_fixed", "gather", "merge", "merge_sum", "narrow", "occupancy", "ones", "pack", "pack_signs", "peel",
-    "popcount", "prefix", "quantize", "rank", "rice_decode", "rice_encode", "round_stochastic", "sample", "scatter",
-    "select", "settle", "sketch", "spread_signs", "subtract", "support", "survey", "to_fixed", "top", "unite",
-    "unpack", "vote", "widen",
+    "count_above", "deduct", "dequantize", "elias_fano_decode", "elias_fano_encode", "estimate", "expand", "from_fixed",
+    "gather", "gaussian", "merge", "merge_sum", "narrow", "occupancy", "ones", "pack", "pack_signs", "peel", "popcount",
+    "prefix", "quantize", "rank", "rice_decode", "rice_encode", "round_stochastic", "sample", "scatter", "select",
+    "settle", "sketch", "spread_signs", "subtract", "support", "survey", "to_fixed", "top", "unite", "unpack", "vote",
+    "widen",
 ]  # fmt: skip
 ONE = np.zeros((1, 1), np.int64)  # the slots of a vector that is one block
 _NARROW = {

@@ -17,8 +17,9 @@ from typing import Any
 
 import cupy
 import torch
-from cupy.cuda import compiler, nvrtc
+from cupy.cuda import nvrtc
 
+from sparcomm.errors import SparcommError
 from sparcomm.kernels.cuda import texts
 from sparcomm.kernels.cuda.launch import THREADS, Argument
 from sparcomm.kernels.folder import fallback_folder, is_private
@@ -82,16 +83,41 @@ def _arch(index: int) -> str:
 def _module(text: str, options: tuple[str, ...], arch: str) -> Any:
     """The compiled text, from the disk cache if it is there."""
     source = texts.source(text)
-    options = (*texts.OPTIONS, *options)
-    key = repr((source, options, arch, nvrtc.getVersion(), cupy.__version__))
-    path = cache_folder() / f"{text}-sm{arch}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
+    options = (*texts.OPTIONS, *_target(arch), *options)
+    key = repr((source, options, nvrtc.getVersion()))
+    path = cache_folder() / f"{text}-sm{arch}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
     if not path.is_file():
-        image, _ = compiler.compile_using_nvrtc(source, options, arch, f"{text}.cu", cache_in_memory=True)
+        image = compiled(f"{text}.cu", source, options)
         # Under a name of its own first: ranks of one host may be compiling the same.
         partial = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         partial.write_bytes(image)
         partial.replace(path)
     return cupy.RawModule(path=str(path))
+
+
+def _target(arch: str) -> tuple[str, ...]:
+    """Machine code of the device; for one that is newer than the compiler PTX, which its driver translates."""
+    known = [str(a) for a in nvrtc.getSupportedArchs()]
+    if arch in known:
+        return (f"-arch=sm_{arch}",)
+    older = [a for a in known if int(a) < int(arch)]
+    if not older:
+        raise SparcommError(f"compute capability {arch}: this CUDA compiles for {', '.join(known)} only")
+    return (f"-arch=compute_{max(older, key=int)}",)
+
+
+def compiled(name: str, source: str, options: tuple[str, ...]) -> bytes:
+    """Machine code; PTX if ``options`` name a virtual architecture. Raises SparcommError with the compiler's words."""
+    program = nvrtc.createProgram(source, name, (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+        virtual = any(option.startswith("-arch=compute_") for option in options)
+        return nvrtc.getPTX(program) if virtual else nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError as error:
+        log = nvrtc.getProgramLog(program)
+        raise SparcommError(f"{name} {' '.join(options)} does not compile: {error}\n{log}") from error
+    finally:
+        nvrtc.destroyProgram(program)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-import sparcomm
+from sparcomm.dtypes import WIRE_DTYPES
 
 Types = Mapping[str, torch.dtype]  # macro of the text -> dtype
 
@@ -20,7 +20,14 @@ _GRADIENTS = ((_SINGLE, _SINGLE), (torch.float16, _SINGLE), (torch.bfloat16, _SI
 # By text all combinations of dtypes that it is compiled for.
 TEXTS: dict[str, list[Types]] = {
     "compensate": [{"GRAD": grad, "WORK": work} for grad, work in _GRADIENTS],
+    "gauss": [{"WORK": work} for work in _WORKING],
     "select": [{"WORK": work} for work in _WORKING],
+    "sums": [{"WORK": work} for work in _WORKING],
+    "signs": [{"GRAD": grad, "WORK": work} for grad, work in _GRADIENTS],
+    "vote": [{}],
+    "quantize": [{"WORK": work} for work in _WORKING],
+    "narrow": [{"WORK": work, "WIRE": short} for work in _WORKING for short in WIRE_DTYPES.values()],
+    "sketch": [{"VALUE": value} for value in _WORKING],
 }
 C_NAMES = {
     torch.float32: "float",
@@ -36,7 +43,7 @@ OPTIONS = ("-std=c++17", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-s
 @functools.cache
 def folder() -> Path:
     """Where the texts lie: inside an installed package, or beside it in a checkout."""
-    package = Path(sparcomm.__file__).parent
+    package = Path(__file__).parents[2]
     inside = package / "csrc"
     return inside if inside.is_dir() else package.parent / "csrc"
 

@@ -93,18 +93,20 @@ class Sums(Working):
         m = block.index.numel()
         if m and block.starts is None:
             block.starts = block.index.new_empty(self.tiles + 1)
-            self.run("tile_starts", self.tiles + 1, block.index, m, self.tiles, block.starts)
+            self.run("sums", "tile_starts", self.tiles + 1, block.index, m, self.tiles, block.starts)
         starts = block.index if block.starts is None else block.starts
         return self.out, block.index, block.value, starts, m, *self.place(b)
 
-    def run(self, kernel: str, items: int, *arguments: Tensor | float | None, grid: int | None = None) -> None:
-        """A kernel of csrc/select.cu."""
-        run("select", kernel, items, self.out, *arguments, grid=grid, WORK=self.out.dtype)
+    def run(
+        self, text: str, kernel: str, items: int, *arguments: Tensor | float | None, grid: int | None = None
+    ) -> None:
+        """A kernel of a text."""
+        run(text, kernel, items, self.out, *arguments, grid=grid, WORK=self.out.dtype)
 
     def passes(self, kernel: str, b: int, *arguments: Tensor | float | None) -> None:
         """A kernel that goes through the tiles of a block."""
         grid = min(self.tiles, CROWD * multiprocessors(self.out))
-        self.run(kernel, self.tiles, *self.sums(b), *arguments, grid=max(grid, 1))
+        self.run("select", kernel, self.tiles, *self.sums(b), *arguments, grid=max(grid, 1))
 
     def plan(self, words: int) -> tuple[Tensor, Tensor]:
         """The words that say how far a selection is, and so many more: zeros, for one of them."""
@@ -118,14 +120,14 @@ class Sums(Working):
         return self.blocks[b]
 
     def absorb(self, b: int, more: Tensor, extra: Tensor, mode: int) -> None:
-        """Puts entries into a block's list, as csrc/select.cu says."""
+        """Puts entries into a block's list, as csrc/sums.cu says."""
         block, m, new = self.blocks[b], self.blocks[b].index.numel(), more.numel()
         if not new:
             return
         index, value = block.index.new_empty(m + new), block.value.new_empty(m + new)
         hist = None if self.hist is None else self.hist[b]
         self.run(
-            "absorb", m + new, self.out, block.index, block.value, m, more, extra, new, *self.place(b), mode,
+            "sums", "absorb", m + new, self.out, block.index, block.value, m, more, extra, new, *self.place(b), mode,
             self.flags, hist, index, value,
         )  # fmt: skip
         block.index, block.value, block.starts, block.counted = index, value, None, None
@@ -188,18 +190,18 @@ def _largest(sums: Sums, b: int, k: int, index: Tensor, value: Tensor) -> None:
     counts, status = counts.view(-1, wire.BINS), status.view(3, -1)
     room = min(length, max(4 * k, ROOM))
     listed = torch.empty(room, dtype=torch.int64, device=device), sums.out.new_empty(room)
-    sums.run("prepare", 1, plan, k, length, 0, length, grid=1)
+    sums.run("select", "prepare", 1, plan, k, length, 0, length, grid=1)
     first = counts[0]
     if sums.hist is None:
         sums.passes("histogram", b, first)
     else:
         first = sums.hist[b]
     bits, shift = digits[0]
-    sums.run("boundary", 1, first, plan, bits, shift, room, grid=1)
+    sums.run("select", "boundary", 1, first, plan, bits, shift, room, grid=1)
     sums.passes("collect", b, plan, status[0], *listed)
     for row, (bits, shift) in enumerate(digits[1:], 1):
         sums.passes("refine", b, plan, listed[1], counts[row], bits, shift)
-        sums.run("boundary", 1, counts[row], plan, bits, shift, 0, grid=1)
+        sums.run("select", "boundary", 1, counts[row], plan, bits, shift, 0, grid=1)
     sums.passes("emit", b, plan, *listed, NOWHERE, 0, CLAIM + 1, status[1:], sums.tiles, k, index, value)
 
 
@@ -234,10 +236,10 @@ def above(work: Working, block: int, threshold: float, k: int) -> tuple[Tensor, 
     if k:
         plan, status = sums.plan(2 * sums.tiles)
         known = mine.counted is not None and mine.counted[0] == key
-        sums.run("prepare", 1, plan, 0, mine.counted[1] if known and mine.counted else 0, NOWHERE, k, grid=1)
+        sums.run("select", "prepare", 1, plan, 0, mine.counted[1] if known and mine.counted else 0, NOWHERE, k, grid=1)
         if not known:
             sums.passes("count_above", block, key, plan)
-        sums.run("fill_up", 1, plan, k, grid=1)
+        sums.run("select", "fill_up", 1, plan, k, grid=1)
         sums.passes("emit", block, plan, None, None, key, 1, CLAIM, status, sums.tiles, k, index, value)
     mine.selected, mine.chosen = True, index
     return index, value
@@ -272,7 +274,7 @@ def settle(work: Working, block: int, index: Tensor) -> None:
     mine = sums.blocks[block]
     if mine.index.numel():
         listed = mine.index, mine.value, mine.index.numel()
-        sums.run("settle", index.numel(), sums.out, *listed, index, index.numel(), *sums.place(block))
+        sums.run("sums", "settle", index.numel(), sums.out, *listed, index, index.numel(), *sums.place(block))
 
 
 def top(index: Tensor, value: Tensor, k: int) -> Tensor:
