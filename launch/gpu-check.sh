@@ -58,7 +58,7 @@ markers =
     timeout: for pytest-timeout
     xdist_group: for pytest-xdist
 INI
-mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.(gpu|cuda)' tests)
+mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.(gpu|cuda)' tests | grep -vE '^tests/(kernels|gpu)/')
 folders=(tests/kernels)
 [[ -d tests/gpu ]] && folders+=(tests/gpu)
 stage tests 200 "$python" -m pytest -c "$out/pytest.ini" --rootdir "$here" -p no:cacheprovider -q \

@@ -24,7 +24,6 @@ settings.register_profile("thorough", parent=settings.get_profile("sparcomm"), m
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "sparcomm"))
 
 
-@pytest.hookimpl(optionalhook=True)  # on a borrowed GPU there may be no xdist
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One more than there are cores: many tests wait, for other processes and for time limits."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

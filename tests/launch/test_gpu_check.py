@@ -39,7 +39,7 @@ class Watched:
 def test_the_cpu_differs_nowhere(n: int, dtype: torch.dtype) -> None:
     watched: Any = Watched()
     assert differing(watched, n, dtype, CPU) == []
-    assert watched.called == NAMES, "every kernel"
+    assert watched.called == NAMES - ({"gaussian"} if n == 0 else set()), "every kernel that takes so many elements"
 
 
 def test_a_wrong_kernel_is_named() -> None:
