@@ -44,25 +44,7 @@ if ((failed)); then
     exit 1
 fi
 
-# The project's own settings ask for plugins. Of files outside tests/kernels and tests/gpu those that say so are for GPUs.
-cat >"$out/pytest.ini" <<'INI'
-[pytest]
-addopts = --import-mode=importlib -ra -p support.borrowed
-xfail_strict = true
-markers =
-    slow: takes more than a second of CPU
-    torchrun: starts real processes with torchrun
-    cuda: needs a CUDA device
-    gpu: needs a CUDA device
-    mpi: runs under mpirun
-    timeout: for pytest-timeout
-    xdist_group: for pytest-xdist
-INI
-mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.(gpu|cuda)' tests | grep -vE '^tests/(kernels|gpu)/')
-folders=(tests/kernels)
-[[ -d tests/gpu ]] && folders+=(tests/gpu)
-stage tests 200 "$python" -m pytest -c "$out/pytest.ini" --rootdir "$here" -p no:cacheprovider -q \
-    -m "gpu or cuda" "${folders[@]}" "${files[@]}"
+stage tests 200 "$python" launch/gpu_tests.py --out "$out"
 
 sanitizer=$(command -v compute-sanitizer || true)
 for folder in "${CUDA_HOME:-/usr/local/cuda}" /usr/local/cuda; do

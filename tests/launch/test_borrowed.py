@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import gpu_tests
 import pytest
 
 from support import plain_hypothesis as plain
@@ -76,6 +78,49 @@ def test_what_is_broken_stays_an_error(tmp_path: Path) -> None:
     code, said = run(tmp_path, test_broken=BROKEN)
     assert code == 2, said
     assert "nothing_of_that_name" in said
+
+
+COUNTED = """
+import pytest
+
+@pytest.mark.parametrize("number", range(40))
+def test_passes(number):
+    pass
+
+@pytest.mark.skip(reason="for the mark")
+def test_other():
+    pass
+"""
+
+
+def test_shards_share_all_tests(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    (tmp_path / "test_counted.py").write_text(COUNTED)
+    (tmp_path / "test_one.py").write_text("def test_one(): pass\n")
+    (tmp_path / "test_wrong.py").write_text("def test_wrong(): assert False\n")
+
+    def passed(*names: str, marked: str = "not gpu") -> tuple[int, list[int]]:
+        code = gpu_tests.run(tmp_path / "out", 2, marked, [str(tmp_path / f"test_{name}.py") for name in names])
+        said = capfd.readouterr().out
+        assert said.count("-- shard ") == 2
+        return code, [int(number) for number in re.findall(r"(\d+) passed", said)]
+
+    code, counts = passed("counted")
+    assert code == 0
+    assert sum(counts) == 40
+    assert len(counts) == 2
+    assert passed("one") == (0, [1]), "the other has nothing to do"
+    assert passed("one", marked="gpu") == (1, []), "nobody has"
+    assert passed("counted", "wrong") == (1, counts)
+
+
+def test_gpu_tests_are_found() -> None:
+    found = gpu_tests.paths()
+    assert "tests/kernels" in found
+    assert all((ROOT / path).exists() for path in found)
+    assert not any(path.startswith(("tests/kernels/", "tests/gpu/")) for path in found), "none is run twice"
 
 
 def draws(strategy: plain.Strategy, count: int = 300) -> list[object]:
