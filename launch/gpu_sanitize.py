@@ -62,8 +62,8 @@ class Data:
         return torch.full(shape, poison, dtype=dtype, device=self.device)
 
     def flags(self) -> Tensor:
-        """(1,) uint8, nothing raised."""
-        return torch.zeros(1, dtype=torch.uint8, device=self.device)
+        """(1,) uint8, nothing raised. Bits are ORed into the word around it, of which the tools are to know all bytes."""
+        return torch.zeros(4, dtype=torch.uint8, device=self.device)[:1]
 
 
 def selecting(k: Kernels, data: Data) -> Results:

@@ -15,7 +15,8 @@ import pytest
 import torch
 from gpu_sanitize import GRADIENTS, PARTS, SIZES, Data, differing, same
 
-from sparcomm.kernels import Kernels, cpu
+from sparcomm.kernels import Kernels, cpu, cuda
+from support import emulator
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +41,12 @@ def test_the_cpu_differs_nowhere(n: int, dtype: torch.dtype) -> None:
     watched: Any = Watched()
     assert differing(watched, n, dtype, CPU) == []
     assert watched.called == NAMES - ({"gaussian"} if n == 0 else set()), "every kernel that takes so many elements"
+
+
+@pytest.mark.skipif(not emulator.available(), reason="the CUDA text needs g++ to run on a CPU")
+@pytest.mark.parametrize("n", [0, 1, 33, 1000])
+def test_the_text_differs_nowhere(n: int) -> None:
+    assert differing(cuda, n, torch.float32, CPU) == []
 
 
 def test_a_wrong_kernel_is_named() -> None:
