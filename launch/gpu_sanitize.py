@@ -62,7 +62,7 @@ class Data:
         return torch.full(shape, poison, dtype=dtype, device=self.device)
 
     def flags(self) -> Tensor:
-        """(1,) uint8, nothing raised. Bits are ORed into the word around it, of which the tools are to know all bytes."""
+        """(1,) uint8, nothing raised. Kernels OR bits into the word around it: so much of it there has to be."""
         return torch.zeros(4, dtype=torch.uint8, device=self.device)[:1]
 
 
