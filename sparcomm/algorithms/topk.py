@@ -152,8 +152,9 @@ class TopKAllGather(SparseAlgorithm):
             arrived = self._gathered(n, bag, bags, transport)
         with state.clock.span("code"):
             lists = [Sparse(*self._decoded(n, arrived[r], r, dtype, bags), n) for r in range(transport.size)]
-            # Merging p lists one after the other takes about p²k/2 steps, which must not exceed a pass over n.
-            if state.wants_total or transport.size**2 * k > n:
+            # Merging p lists one after the other takes about p²k/2 steps, which must not exceed a pass over n, and a
+            # device's host would have to wait for how long each is.
+            if state.wants_total or transport.size**2 * k > n or grad.device.type != "cpu":
                 total = state.workspace.take(n, dtype, grad.device).zero_()
                 for s in lists:
                     kernels.add(total, s.index, s.value, one, 0, bags.flags)
