@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sparcomm import layout, wire
 from sparcomm.algorithms.base import Algorithm, Cost, Part, SparseAlgorithm, State, Summed, private
+from sparcomm.clock import Range
 from sparcomm.codecs.packet import INDICES, ROUNDINGS, VALUES, Packet, check_values
 from sparcomm.collectives.bags import Bags
 from sparcomm.collectives.dense import log2_ceil
@@ -145,8 +146,9 @@ class TopKAllGather(SparseAlgorithm):
             after = replace(state, memo=memo.state()) if isinstance(state, TopKState) else state
         with state.clock.span("code"):
             bag, decoded = self._coded(n, index, value, bags, transport.rank)
-            kernels.deduct(choice.work, 0, decoded)
-            kernels.settle(choice.work, 0, index)
+            with Range("settle"):
+                kernels.deduct(choice.work, 0, decoded)
+                kernels.settle(choice.work, 0, index)
             sent = index[decoded != 0] if state.wants_sent else None  # a zero takes nothing away
         with state.clock.span("wire"):
             arrived = self._gathered(n, bag, bags, transport)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparcomm.algorithms.base import State
-from sparcomm.clock import Clock
+from sparcomm.clock import Clock, Range
 from sparcomm.ddp.mean import write_mean
 from sparcomm.ddp.monitor import Monitor
 from sparcomm.ddp.options import Options
@@ -78,7 +78,8 @@ class Reducer:
         if velocity is not None and reduced.sent is not None:
             velocity.index_fill_(0, reduced.sent, 0)
         residual = self._unhide(unit, before, idle, velocity, reduced.residual, plan)
-        ok, lost = write_mean(reduced, grad, transport.size, plan.scale)
+        with Range("mean"):
+            ok, lost = write_mean(reduced, grad, transport.size, plan.scale)
         if monitor is not None:
             monitor.after(unit, algorithm, grad, residual, plan.scale)
         residual = self._residual(unit, residual, lost, plan, number)

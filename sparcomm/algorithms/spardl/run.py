@@ -12,6 +12,7 @@ from sparcomm import wire
 from sparcomm.algorithms.base import Part
 from sparcomm.algorithms.spardl.schedule import Scheme, log_schedule
 from sparcomm.algorithms.spardl.width import SparDLState
+from sparcomm.clock import Range
 from sparcomm.codecs.packet import Packet
 from sparcomm.collectives.bags import Bags
 from sparcomm.collectives.groups import split_once
@@ -138,9 +139,10 @@ class Run:
             packet = self.packet(len(blocks))
             share = packet.k // len(blocks)
             index, value = self.decode(packet, bag, source)
-            for at, b in enumerate(blocks):
-                part = slice(at * share, (at + 1) * share)
-                self.kernels.merge(self.work, b, index[part] - at * self.cut.length if at else index[part], value[part])
+            with Range("merge"):
+                for at, b in enumerate(blocks):
+                    part, start = slice(at * share, (at + 1) * share), at * self.cut.length
+                    self.kernels.merge(self.work, b, index[part] - start if at else index[part], value[part])
 
     def scatter_log(self) -> None:
         """Spar-Reduce-Scatter in ceil(log2 N) rounds of one bag each way."""
@@ -210,12 +212,13 @@ class Run:
         covers what intermediate ranks had merged there. Inside it, a rank keeps what it did not pass on.
         """
         rule = self.algorithm.residuals
-        for b, keep in enumerate(final):
-            chosen = self.chosen[b]
-            assert chosen is not None  # every block is sent once, or owned
-            if rule != "global":  # nobody keeps what others had sent and was dropped on the way
-                keep = chosen if rule == "local" else chosen[torch.isin(chosen, keep, assume_unique=True)]
-            self.kernels.settle(self.work, b, keep)
+        with Range("settle"):
+            for b, keep in enumerate(final):
+                chosen = self.chosen[b]
+                assert chosen is not None  # every block is sent once, or owned
+                if rule != "global":  # nobody keeps what others had sent and was dropped on the way
+                    keep = chosen if rule == "local" else chosen[torch.isin(chosen, keep, assume_unique=True)]
+                self.kernels.settle(self.work, b, keep)
 
     def sent(self, final: list[Tensor]) -> Tensor:
         """Sorted global positions whose own mass left this rank for good."""
