@@ -229,7 +229,9 @@ class Signs:
         if not x.numel():
             return torch.zeros((), dtype=torch.float64, device=x.device)
         total = self._kernels.absolute_sum(x)
-        return total / (x.numel() if present is None else self._kernels.popcount(present).clamp(min=1))
+        # As a tensor: by a plain number GPUs divide with an error in the last bit.
+        whole = torch.full_like(total, x.numel()) if present is None else self._kernels.popcount(present).clamp(min=1)
+        return total / whole
 
     def _settle(self, x: Tensor, ballot: Ballot, scale: Tensor) -> None:
         """Writes the scale of what is sent of ``x``, and takes from ``x`` what that says."""

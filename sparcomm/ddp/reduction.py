@@ -143,7 +143,7 @@ class Reducer:
 
     def _idle(self, unit: Unit, used: Sequence[bool]) -> list[slice]:
         """The places of parameters that no rank has used: their mean would be thrown away. Collective."""
-        flags = torch.tensor(used, dtype=torch.int32).to(unit.device, non_blocking=True)
+        flags = torch.tensor(used, dtype=torch.int32, device=unit.device)
         self.transport.all_reduce(flags, "max")
         return [span for (_, span), anyone in zip(unit.spans(), flags.tolist(), strict=True) if not anyone]
 

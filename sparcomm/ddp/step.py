@@ -145,7 +145,7 @@ class Step:
                 self._swap()
             else:
                 self.drop()
-            return torch.tensor(good)
+            return torch.tensor(good, device="cpu")
         good = _all(oks)
         for p in self._pending:
             here = good.to(p.unit.device, non_blocking=True)
@@ -180,7 +180,7 @@ class Step:
 def _all(oks: list[Tensor]) -> Tensor:
     """() bool on the first flag's device, without waiting for it."""
     if not oks:
-        return torch.tensor(True)
+        return torch.tensor(True, device="cpu")
     return torch.stack([ok.to(oks[0].device, non_blocking=True) for ok in oks]).all()
 
 

@@ -160,7 +160,7 @@ def _key_of(threshold: float, x: Tensor) -> int:
     """The magnitude of the largest number of x's dtype that is not above the threshold: what exceeds one does both."""
     if not 0 <= threshold < math.inf:
         raise SparcommError(f"threshold={threshold} must be a finite number, 0 or more")
-    near = torch.tensor(threshold, dtype=x.dtype)
+    near = torch.tensor(threshold, dtype=x.dtype, device="cpu")
     if near.item() > threshold:
         near = near.nextafter(torch.zeros_like(near))
     return int(magnitude(near.view(1)))

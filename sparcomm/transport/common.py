@@ -196,8 +196,8 @@ class BaseTransport(ABC):
     def split(self: Self, color: int, key: int) -> Self:
         """See ``Transport.split``. The sub-group shares ``traffic`` and ``context``; making it is not booked."""
         self._enter(Call("split"))
-        pairs = torch.empty((self.size, 2), dtype=torch.int64)
-        self._gather_setup(pairs, torch.tensor([color, key], dtype=torch.int64))
+        pairs = torch.empty((self.size, 2), dtype=torch.int64, device="cpu")
+        self._gather_setup(pairs, torch.tensor([color, key], dtype=torch.int64, device="cpu"))
         rows: list[list[int]] = pairs.tolist()
         members = sorted((k, r) for r, (c, k) in enumerate(rows) if c == color)
         made = self._make_split([r for _, r in members], color)
@@ -209,8 +209,8 @@ class BaseTransport(ABC):
         self._enter(Call("measure"))
         to, source = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         found = probe(lambda x, y: self._exchange(x, to, y, source, False), self._probe_device())
-        every = torch.empty((self.size, 2), dtype=torch.float64)
-        self._gather_setup(every, torch.tensor(found, dtype=torch.float64))
+        every = torch.empty((self.size, 2), dtype=torch.float64, device="cpu")
+        self._gather_setup(every, torch.tensor(found, dtype=torch.float64, device="cpu"))
         latency, per_byte = every.amax(dim=0).tolist()
         return Link(latency, 1 / per_byte)
 

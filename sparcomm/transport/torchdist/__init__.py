@@ -274,13 +274,15 @@ class TorchTransport(BaseTransport):
     def met(self) -> TorchTransport:
         """Returns when all ranks have the group: one that closed it earlier would make their connecting fail."""
         self.call = Call("making a group")
-        self._gather_setup(torch.empty((self.size, 1), dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8))
+        mine = torch.zeros(1, dtype=torch.uint8, device="cpu")
+        self._gather_setup(mine.new_empty((self.size, 1)), mine)
         return self
 
     def _agree(self) -> str:
         """A name that no group of this job has or ever had: rank 0's. Collective."""
-        numbers = torch.empty((self.size, 1), dtype=torch.int64)
-        self._gather_setup(numbers, torch.tensor([uuid.uuid4().int >> 65], dtype=torch.int64))
+        mine = torch.tensor([uuid.uuid4().int >> 65], dtype=torch.int64, device="cpu")
+        numbers = mine.new_empty((self.size, 1))
+        self._gather_setup(numbers, mine)
         return f"sparcomm/{int(numbers[0]):x}"
 
     def _die(self) -> None:

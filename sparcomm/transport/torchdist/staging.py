@@ -30,8 +30,8 @@ class Staging:
             self._copies.pop(slot).synchronize()
         size, buffer = nbytes(like), self.buffers.get(slot)
         if buffer is None or buffer.numel() < size:
-            buffer = torch.empty(size, dtype=torch.uint8, pin_memory=like.device.type == "cuda")
-            self.buffers[slot] = buffer
+            pin = like.device.type == "cuda"
+            buffer = self.buffers[slot] = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pin)
         return buffer[:size]
 
     def out(self, slot: str, t: Tensor) -> Tensor:
