@@ -19,21 +19,24 @@ from sparcomm.kernels.interface import Kernels
 __all__ = ["Kernels", "kernels_for", "prepare", "warm_up"]
 
 
+chosen: dict[torch.device, Kernels] = {}  # what devices have got so far
+
+
 def kernels_for(tensor: Tensor) -> Kernels:
     """The implementation for the device of ``tensor``. The first call for a GPU without kernels of its own warns."""
     device = tensor.device
-    if device.type == "cpu":
-        from sparcomm.kernels import cpu
+    return chosen.get(device) or chosen.setdefault(device, _choose(device))
 
-        return cast(Kernels, cpu)
-    if device.type == "cuda":
+
+def _choose(device: torch.device) -> Kernels:
+    name = "reference"
+    if device.type == "cpu":
+        name = "cpu"
+    elif device.type == "cuda":
         from sparcomm.kernels import gpu
 
-        if gpu.runs_on(device):
-            return cast(Kernels, importlib.import_module("sparcomm.kernels.cuda"))
-    from sparcomm.kernels import reference
-
-    return cast(Kernels, reference)
+        name = "cuda" if gpu.runs_on(device) else name
+    return cast(Kernels, importlib.import_module(f"sparcomm.kernels.{name}"))
 
 
 def prepare(devices: Iterable[torch.device]) -> None:

@@ -21,13 +21,12 @@ import torch
 import sparcomm
 from sparcomm import wire
 from sparcomm.errors import SparcommError
-from sparcomm.kernels import Kernels, cpu, kernels_for, reference
+from sparcomm.kernels import Kernels, cpu, folder, kernels_for, reference
 from sparcomm.kernels.cpu import (
     _bitmaps,
     _code,
     _compensate,
     _count,
-    _jit,
     _quantize,
     _rice,
     _round,
@@ -304,7 +303,7 @@ def test_compiled_kernels_go_to_a_temporary_folder_if_no_other_can_be_written(tm
 
 def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    find = _jit.fallback_folder.__wrapped__
+    find = folder.fallback_folder.__wrapped__
     ours = find()
     assert ours == tmp_path / f"sparcomm-kernels-{os.getuid()}"
     assert stat.S_IMODE(ours.stat().st_mode) == 0o700

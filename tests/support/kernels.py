@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparcomm.kernels import cpu, reference
+from sparcomm.kernels import cpu, cuda, reference
 from sparcomm.layout import Layout, contiguous, dealt, whole
+from support import emulator
 
-IMPLEMENTATIONS = {"reference": reference, "cpu": cpu}
+IMPLEMENTATIONS: dict[str, Any] = {"reference": reference, "cpu": cpu}
+if emulator.available():
+    IMPLEMENTATIONS["text"] = cuda  # the CUDA text, on CPU tensors
 WORKING = (torch.float32, torch.float64)
 GRADIENTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SIZES = (0, 1, 31, 32, 33, 500, 5000)

@@ -11,7 +11,7 @@ import torch
 from sparcomm import wire
 from sparcomm.dtypes import GRADIENT_DTYPES, WIRE_DTYPES, working_dtype
 from sparcomm.kernels import cpu
-from sparcomm.kernels.cpu._jit import fallback_folder
+from sparcomm.kernels.folder import fallback_folder
 from sparcomm.layout import dealt
 from sparcomm.sparse import Sparse
 
