@@ -28,6 +28,11 @@ TEXTS: dict[str, list[Types]] = {
     "quantize": [{"WORK": work} for work in _WORKING],
     "narrow": [{"WORK": work, "WIRE": short} for work in _WORKING for short in WIRE_DTYPES.values()],
     "sketch": [{"VALUE": value} for value in _WORKING],
+    "sparse": [{"WORK": work} for work in _WORKING],
+    "scatter": [{"OUT": grad, "WORK": work} for grad, work in _GRADIENTS],
+    "support": [{"GRAD": grad} for grad, _ in _GRADIENTS],
+    "bitmap": [{}],
+    "code": [{}],
 }
 C_NAMES = {
     torch.float32: "float",
