@@ -6,13 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import sparcomm
 from sparcomm import SparDL
-from support.devices import ALGORITHMS, amp, conform, failing, fed, net, overlap, pinned
+from sparcomm.kernels import chosen
+from sparcomm.kernels.cuda.launch import launchers
+from support import emulator
+from support.devices import ALGORITHMS, Fedback, amp, conform, failing, fed, net, overlap, pinned
 from support.pool import pool
 from support.training import SIZES, Fed, integers, wrap
 
@@ -27,6 +31,41 @@ def test_fed_conserves(name: str) -> None:
             assert run.stats["skipped"] == 0
             if ALGORITHMS[name].conserves:
                 assert run.lost == 0
+
+
+class Counting(emulator.Emulator):
+    """Knows whether it was ever asked."""
+
+    launched = 0
+
+    def launch(self, *what: Any) -> None:
+        self.launched += 1
+        super().launch(*what)
+
+
+def emulated(rank: int, size: int, name: str) -> Fedback:
+    """As ``fed``, with the GPU's kernels on tensors of the CPU."""
+    from sparcomm.kernels import cuda
+
+    counting = Counting()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(chosen, torch.device("cpu"), cuda)
+        patch.setitem(launchers, "cpu", counting)
+        run = fed(rank, size, "cpu", "gloo", name)
+    assert counting.launched
+    return run
+
+
+@pytest.mark.skipif(not emulator.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "dense"])
+def test_the_gpu_text_gives_a_whole_run_the_same_bits(name: str) -> None:
+    for size in (1, 2):
+        pairs = zip(pool(size).run(emulated, name), pool(size).run(fed, "cpu", "gloo", name), strict=True)
+        for there, here in pairs:
+            means = zip(
+                [m for step in there.means for m in step], [m for step in here.means for m in step], strict=True
+            )
+            assert all(torch.equal(a, b) for a, b in [*means, *zip(there.debts, here.debts, strict=True)])
 
 
 def test_pinned_residuals_are_ordinary_ones_on_the_cpu() -> None:
