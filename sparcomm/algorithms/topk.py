@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sparcomm import layout, wire
-from sparcomm.algorithms.base import Algorithm, Cost, Part, SparseAlgorithm, State, Summed, private
+from sparcomm.algorithms.base import Algorithm, Cost, Part, SparseAlgorithm, State, Summed, private, sent_at
 from sparcomm.clock import Range
 from sparcomm.codecs.packet import INDICES, ROUNDINGS, VALUES, Packet, check_values
 from sparcomm.collectives.bags import Bags
@@ -149,7 +149,7 @@ class TopKAllGather(SparseAlgorithm):
             with Range("settle"):
                 kernels.deduct(choice.work, 0, decoded)
                 kernels.settle(choice.work, 0, index)
-            sent = index[decoded != 0] if state.wants_sent else None  # a zero takes nothing away
+            sent = sent_at(index, decoded != 0, n) if state.wants_sent else None  # a zero takes nothing away
         with state.clock.span("wire"):
             arrived = self._gathered(n, bag, bags, transport)
         with state.clock.span("code"):

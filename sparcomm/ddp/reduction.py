@@ -76,7 +76,8 @@ class Reducer:
             monitor.before(unit, fed, owed, joined=plan.joined)
         reduced = algorithm.reduce(fed, owed, unit.state, number, transport)
         if velocity is not None and reduced.sent is not None:
-            velocity.index_fill_(0, reduced.sent, 0)
+            mask = reduced.sent.dtype == torch.bool
+            _ = velocity.masked_fill_(reduced.sent, 0) if mask else velocity.index_fill_(0, reduced.sent, 0)
         residual = self._unhide(unit, before, idle, velocity, reduced.residual, plan)
         with Range("mean"):
             ok, lost = write_mean(reduced, grad, transport.size, plan.scale)

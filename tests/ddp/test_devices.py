@@ -68,6 +68,12 @@ def test_the_gpu_text_gives_a_whole_run_the_same_bits(name: str) -> None:
             assert all(torch.equal(a, b) for a, b in [*means, *zip(there.debts, here.debts, strict=True)])
 
 
+def test_fed_with_momentum() -> None:
+    for run in pool(2).run(fed, "cpu", "gloo", "spardl", 4, 0.5):
+        assert run.stats["skipped"] == 0
+        assert run.lost > 0  # momentum adds to what came in
+
+
 def test_pinned_residuals_are_ordinary_ones_on_the_cpu() -> None:
     for left, places, _ in pool(2).run(pinned, "cpu", "gloo"):
         assert places == {"cpu"}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.futures import Future
 
-from sparcomm import AdamCorrection, Dense, MajorityVote, OneBitAllReduce, SparDL, TopKAllGather
+from sparcomm import AdamCorrection, Dense, MajorityVote, MomentumCorrection, OneBitAllReduce, SparDL, TopKAllGather
 from sparcomm.algorithms import Algorithm
 from sparcomm.ddp.clip import NormBound
 from sparcomm.ddp.delivery import Delivery
@@ -98,6 +98,11 @@ def test_no_algorithm_for_nccl_makes_the_host_wait(algorithm: Algorithm, size: i
 def test_nor_does_any_dtype(dtype: torch.dtype) -> None:
     for algorithm in (SparDL(0.01), TopKAllGather(0.01), MajorityVote(scale=True, error_feedback=True)):
         steps(algorithm, 3, dtype, Options(), Plan("sparse", 0.01))
+
+
+def test_nor_does_momentum_that_is_masked_where_something_was_sent() -> None:
+    for algorithm in (SparDL(0.01), TopKAllGather(0.01), MajorityVote(scale=True, error_feedback=True), Dense()):
+        steps(algorithm, 3, torch.float32, Options(memory=MomentumCorrection(0.9)), Plan("sparse"))
 
 
 @pytest.mark.usefixtures("kernels")

@@ -50,6 +50,12 @@ def test_one_rank_on_nccl_never_waits_and_gives_what_the_cpu_gives(name: str) ->
         assert there[0].lost == 0
 
 
+@pytest.mark.parametrize("name", ["spardl", "topk"])
+@pytest.mark.parametrize(("size", "backend"), [(1, "nccl"), (2, "gloo")])
+def test_momentum_is_masked_where_something_was_sent(size: int, backend: str, name: str) -> None:
+    same(run(size, fed, "cuda", backend, name, 7, 0.5), run(size, fed, "cpu", "gloo", name, 7, 0.5))
+
+
 @pytest.mark.parametrize("name", ["spardl", "topk", "vote, error feedback"])
 def test_a_network_learns_alike_on_nccl_and_on_the_cpu(name: str) -> None:
     (there,), (here,) = run(1, net, "cuda", "nccl", name), run(1, net, "cpu", "gloo", name)

@@ -90,14 +90,17 @@ class Fedback(NamedTuple):
     stats: dict[str, Any]
 
 
-def fed(rank: int, size: int, name: str, backend: str, algorithm: str, steps: int = 7, **options: Any) -> Fedback:
+def fed(
+    rank: int, size: int, name: str, backend: str, algorithm: str, steps: int = 7, momentum: float = 0.0
+) -> Fedback:
     """Steps with small integers as gradients, which are exact on every device; steady ones must not wait on NCCL.
 
     ``Fedback.lost``: the largest difference, over all positions, between what went in and what came out or is owed.
     """
     device, group = start(name, backend)
     ddp = wrap(Fed().to(device), process_group=group)
-    state = sparcomm.attach(ddp, ALGORITHMS[algorithm], timeout=TIMEOUT, **options)
+    memory = sparcomm.MomentumCorrection(momentum) if momentum else None
+    state = sparcomm.attach(ddp, ALGORITHMS[algorithm], timeout=TIMEOUT, memory=memory)
     size = size if group is None else 1
     given = [[g.to(device) for g in integers(SIZES, rank, step)] for step in range(steps)]
     means: list[list[Tensor]] = []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparcomm import wire
-from sparcomm.algorithms.base import Part
+from sparcomm.algorithms.base import Part, sent_at
 from sparcomm.algorithms.spardl.schedule import Scheme, log_schedule
 from sparcomm.algorithms.spardl.width import SparDLState
 from sparcomm.clock import Range
@@ -221,21 +221,21 @@ class Run:
                 self.kernels.settle(self.work, b, keep)
 
     def sent(self, final: list[Tensor]) -> Tensor:
-        """Sorted global positions whose own mass left this rank for good."""
-        parts: list[Tensor] = []
+        """``Reduced.sent``: the global positions whose own mass left this rank for good."""
+        index, where = list[Tensor](), list[Tensor]()
         for b, keep in enumerate(final):
             chosen, value = self.chosen[b], self.values[b]
             assert chosen is not None
             assert value is not None
-            local = chosen[value != 0]  # a zero takes nothing away, be it rounded or a selector's filler
+            left = value != 0  # a zero takes nothing away, be it rounded or a selector's filler
             if self.algorithm.residuals != "local":
-                local = local[torch.isin(local, keep, assume_unique=True)]
+                left &= torch.isin(chosen, keep, assume_unique=True)
             if b == self.team.rank:
                 for back in self.dropped:
-                    local = local[torch.isin(local, back, assume_unique=True, invert=True)]
-            parts.append(self.cut.to_global(local, b))
-        index = torch.cat(parts)
-        return index[index < self.cut.numel].sort().values  # without padding
+                    left &= torch.isin(chosen, back, assume_unique=True, invert=True)
+            index.append(self.cut.to_global(chosen, b))
+            where.append(left)
+        return sent_at(torch.cat(index), torch.cat(where), self.cut.numel)
 
 
 def _groups(transport: Transport, teams: int) -> tuple[Transport, Transport | None]:
