@@ -54,21 +54,6 @@ KERNEL add(
     if (threadIdx.x == 0) raise_flag(flags, seen);
 }
 
-// How many of a sorted list are below `wanted`.
-__device__ __forceinline__ i64 below(const i64* list, i64 count, i64 wanted) {
-    i64 low = 0;
-    while (count > 0) {
-        const i64 half = count >> 1;
-        if (list[low + half] < wanted) {
-            low += half + 1;
-            count -= half + 1;
-        } else {
-            count = half;
-        }
-    }
-    return low;
-}
-
 // Bitmap of the entries of b that a has, too.
 KERNEL common(const i64* a, i64 a_count, const i64* b, i64 b_count, u32* both) {
     const i64 lane = threadIdx.x & 31;
@@ -76,7 +61,7 @@ KERNEL common(const i64* a, i64 a_count, const i64* b, i64 b_count, u32* both) {
         const i64 j = 32 * word + lane;
         bool found = false;
         if (j < b_count) {
-            const i64 at = below(a, a_count, b[j]);
+            const i64 at = search(a, a_count, b[j], false);
             found = at < a_count && a[at] == b[j];
         }
         const u32 bits = __ballot_sync(ALL, found);
@@ -93,7 +78,7 @@ KERNEL merge_sum(
         const bool first = i < a_count;
         const i64 own = first ? i : i - a_count;
         const i64 here = first ? a[own] : b[own];
-        const i64 other = first ? below(b, b_count, here) : below(a, a_count, here);
+        const i64 other = first ? search(b, b_count, here, false) : search(a, a_count, here, false);
         const i64 rank = first ? other : own;  // in b
         i64 shared = 0;
         bool twice = false;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from sparcomm.sparse import Sparse
 from support import emulator
 from support.bitmaps import as_payloads, bitmap_for, poisoned, random_words
 from support.codes import CODES, check_any_words, decode, encode
-from support.kernels import GRADIENTS, data, increasing, same
+from support.kernels import GRADIENTS, IMPLEMENTATIONS, data, increasing, same
 
 pytestmark = pytest.mark.skipif(not emulator.available(), reason="needs g++, which stands in for a GPU")
 SEEDS = (0, 1, 2, 3)
@@ -27,42 +27,47 @@ EVERY = (*CODES, "rice")
 LENGTHS = [(k, 40 * k) for k in (255, 256, 257, 1023, 1024, 1025)] + [(256, 512), (2000, 8192), (50_000, 5_000_000)]
 
 
+@pytest.fixture(params=[name for name in IMPLEMENTATIONS if name in ("text", "gpu")])
+def text(request: pytest.FixtureRequest) -> Any:
+    """The kernels, on the emulator or on a GPU."""
+    return IMPLEMENTATIONS[request.param]
+
+
 @pytest.fixture(params=[1, 3, 1024])
-def few_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def few_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """So many chunks at most: with few, a block goes through several tiles of one."""
     monkeypatch.setattr(codes, "CHUNKS", request.param)
-    yield
 
 
 @pytest.mark.usefixtures("few_chunks")
 @pytest.mark.parametrize(("k", "m"), LENGTHS)
 @pytest.mark.parametrize("code", EVERY)
-def test_codes_of_many_tiles(code: str, k: int, m: int) -> None:
+def test_codes_of_many_tiles(text: Any, code: str, k: int, m: int) -> None:
     for index in (increasing(k, m), torch.arange(m - k, m)):
         expected = encode(cpu, code, index, m)
-        assert torch.equal(encode(cuda, code, index, m), expected)
-        found, flags = decode(cuda, code, expected, k, m)
+        assert torch.equal(encode(text, code, index, m), expected)
+        found, flags = decode(text, code, expected, k, m)
         assert torch.equal(found, index)
         assert flags == 0
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_results_do_not_depend_on_who_comes_first(seed: int) -> None:
+def test_results_do_not_depend_on_who_comes_first(text: Any, seed: int) -> None:
     k, m = 9000, 300_000
     index = increasing(k, m)
     with emulator.schedule(seed):
         for code in EVERY:
-            words = encode(cuda, code, index, m)
+            words = encode(text, code, index, m)
             assert torch.equal(words, encode(cpu, code, index, m))
-            assert torch.equal(decode(cuda, code, words, k, m)[0], index)
+            assert torch.equal(decode(text, code, words, k, m)[0], index)
             words[words.numel() // 2] ^= 1 << 7
-            assert decode(cuda, code, words, k, m)[1] == decode(cpu, code, words, k, m)[1]
-            assert torch.equal(decode(cuda, code, words, k, m)[0], decode(cpu, code, words, k, m)[0])
+            assert decode(text, code, words, k, m)[1] == decode(cpu, code, words, k, m)[1]
+            assert torch.equal(decode(text, code, words, k, m)[0], decode(cpu, code, words, k, m)[0])
         words = random_words(5000)
         for name in ("popcount", "prefix", "ones"):
-            assert torch.equal(getattr(cuda, name)(words), getattr(cpu, name)(words))
+            assert torch.equal(getattr(text, name)(words), getattr(cpu, name)(words))
         a, b = (Sparse(increasing(3000, 9000, s), data("special", 3000, torch.float32, s), 9000) for s in (1, 2))
-        check_merged(a, b)
+        check_merged(text, a, b)
 
 
 @pytest.mark.parametrize("at", [0, 255, 256, 300, 599])
@@ -110,81 +115,81 @@ def test_gaps_beyond_all_positions_are_damage(k: int) -> None:
 
 @pytest.mark.parametrize("wrong", [[0, 0], [1, 0], [-1, 3], [3, 100], [(1 << 63) - 1, -(1 << 63)], [-5, -1]])
 @pytest.mark.parametrize("code", EVERY)
-def test_disorder_writes_nothing_outside(code: str, wrong: list[int]) -> None:
+def test_disorder_writes_nothing_outside(text: Any, code: str, wrong: list[int]) -> None:
     """The host waits for no encoder but Golomb-Rice's, so no other can refuse."""
     size = wire.rice_words(2, 100) if code == "rice" else CODES[code](2, 100)
     room = poisoned(size + 40)
     out = room[20 : 20 + size]
     if code == "rice":
         with pytest.raises(SparcommError, match="strictly increasing, from 0 to below m=100"):
-            cuda.rice_encode(torch.tensor(wrong), 100, out)
+            text.rice_encode(torch.tensor(wrong), 100, out)
         with pytest.raises(SparcommError, match="strictly increasing, from 0 to below m=2"):
-            cuda.rice_encode(torch.tensor(wrong), 2, out[:0])
+            text.rice_encode(torch.tensor(wrong), 2, out[:0])
     else:
-        getattr(cuda, f"{code}_encode")(torch.tensor(wrong), 100, out)
+        getattr(text, f"{code}_encode")(torch.tensor(wrong), 100, out)
     assert torch.equal(room[:20], poisoned(20))
     assert torch.equal(room[20 + size :], poisoned(20))
 
 
 @pytest.mark.parametrize("offset", range(5))
 @pytest.mark.parametrize("size", [3, 4, 255, 1025])
-def test_bitmaps_that_begin_anywhere(size: int, offset: int) -> None:
+def test_bitmaps_that_begin_anywhere(text: Any, size: int, offset: int) -> None:
     m = 32 * size - 3
     mask = (data("normal", m + offset, torch.float32) > 0)[offset:]
     room, expected = poisoned(size + 8), bitmap_for(m)
-    cuda.pack(mask, room[offset : offset + size])
+    text.pack(mask, room[offset : offset + size])
     cpu.pack(mask, expected)
     assert torch.equal(room[offset : offset + size], expected)
-    assert torch.equal(cuda.unpack(room[offset : offset + size], m), mask)
+    assert torch.equal(text.unpack(room[offset : offset + size], m), mask)
     assert torch.equal(room[offset + size :], poisoned(8 - offset))
     rows = torch.cat([random_words(3, size + offset) for _ in range(2)])[:, offset:]
     for given in (rows, as_payloads(rows)):
-        cuda.unite(given, room[offset : offset + size])
+        text.unite(given, room[offset : offset + size])
         cpu.unite(given, expected)
         assert torch.equal(room[offset : offset + size], expected)
 
 
 @pytest.mark.parametrize("dtype", GRADIENTS)
 @pytest.mark.parametrize("width", [1, 2, 31, 32, 33, 127, 128, 129, 1000])
-def test_support_of_long_vectors(width: int, dtype: torch.dtype) -> None:
+def test_support_of_long_vectors(text: Any, width: int, dtype: torch.dtype) -> None:
     n = 9001 if width < 31 else 40_003
     x = data("special", n, dtype) * (torch.arange(n) % (7 * width + 3) == 0)
     outs = [bitmap_for(-(-n // width)) for _ in range(2)]
-    for kernels, out in zip((cuda, cpu), outs, strict=True):
+    for kernels, out in zip((text, cpu), outs, strict=True):
         kernels.support(x, width, out)
     assert torch.equal(*outs)
 
 
-def check_merged(a: Sparse, b: Sparse) -> None:
-    ours, specified = (kernels.merge_sum(a, b) for kernels in (cuda, reference))
+def check_merged(text: Any, a: Sparse, b: Sparse) -> None:
+    ours, specified = (kernels.merge_sum(a, b) for kernels in (text, reference))
     assert torch.equal(ours.index, specified.index)
     assert same(ours.value, specified.value)
 
 
 @pytest.mark.parametrize("counts", [(0, 0), (0, 300), (300, 0), (1, 1025), (1024, 257), (5000, 5000)])
-def test_unions_of_long_lists(counts: tuple[int, int]) -> None:
+def test_unions_of_long_lists(text: Any, counts: tuple[int, int]) -> None:
     m = 10_000
     lists = [Sparse(increasing(k, m, s), data("normal", k, torch.float64, s), m) for s, k in enumerate(counts)]
-    check_merged(lists[0], lists[1])
+    check_merged(text, lists[0], lists[1])
     same_index = Sparse(lists[0].index, -lists[0].value, m)
-    check_merged(lists[0], same_index)
+    check_merged(text, lists[0], same_index)
 
 
 @pytest.mark.parametrize("blocks", [1, 7, 8, 9, 17])
 @pytest.mark.parametrize("dtype", GRADIENTS)
-def test_expand_takes_any_number_of_lists(dtype: torch.dtype, blocks: int) -> None:
+def test_expand_takes_any_number_of_lists(text: Any, dtype: torch.dtype, blocks: int) -> None:
     layout = dealt(30_001, blocks)
     index = [increasing(0 if b % 3 == 1 else layout.length // (b + 2), layout.length, b) for b in range(blocks)]
     for working in (torch.float32, torch.float64):
         value = [data("special", i.numel(), working, b) for b, i in enumerate(index)]
         outs = [torch.full((layout.numel,), 9.0, dtype=dtype) for _ in range(2)]
-        for kernels, out in zip((cuda, reference), outs, strict=True):
+        for kernels, out in zip((text, reference), outs, strict=True):
             kernels.expand(out, index, value, layout)
         assert same(*outs)
 
 
 @pytest.mark.parametrize("k", [255, 257, 6000])
-def test_flags_of_additions_come_from_any_block(k: int) -> None:
+def test_flags_of_additions_come_from_any_block(text: Any, k: int) -> None:
     layout = whole(20_000)
     index = increasing(k, 20_000)
     for at in (0, k // 2, k - 1):
@@ -195,7 +200,7 @@ def test_flags_of_additions_come_from_any_block(k: int) -> None:
             else:
                 value[at] = bad
             flags = torch.zeros(4, dtype=torch.uint8)  # only one byte of a word is anybody's
-            cuda.add(torch.zeros(20_000), wild, value, layout, 0, flags[1:2])
+            text.add(torch.zeros(20_000), wild, value, layout, 0, flags[1:2])
             assert flags.tolist() == [0, expected, 0, 0]
 
 
@@ -223,14 +228,14 @@ def test_pointers_of_the_wrong_kind_are_refused() -> None:
             call()
 
 
-def test_lists_need_not_be_contiguous() -> None:
+def test_lists_need_not_be_contiguous(text: Any) -> None:
     x, index, value = data("normal", 300, torch.float32), torch.arange(200)[::2], torch.arange(200.0)[::2]
-    assert torch.equal(cuda.gather(x, index, whole(300), 0), x[:200:2])
-    total = cuda.merge_sum(Sparse(index, value, 300), Sparse(index[:0], value[:0], 300))
+    assert torch.equal(text.gather(x, index, whole(300), 0), x[:200:2])
+    total = text.merge_sum(Sparse(index, value, 300), Sparse(index[:0], value[:0], 300))
     assert torch.equal(total.value, value)
     words = torch.empty(wire.bitmap_words(300), dtype=torch.int32)
-    cuda.bitmap_encode(index, 300, words)
-    assert torch.equal(decode(cuda, "bitmap", words, 100, 300)[0], index)
+    text.bitmap_encode(index, 300, words)
+    assert torch.equal(decode(text, "bitmap", words, 100, 300)[0], index)
 
 
 class Nobody:
