@@ -42,7 +42,7 @@ def obstacle(capability: tuple[int, int], version: str | None, cupy: str = "cupy
 
 
 def trial(device: torch.device) -> str:
-    """Why a first kernel does not run on a device; "" if it does. Compiling it takes a second, but for the first time."""
+    """Why a first kernel does not run on a device; "" if it does. To compile it takes a second, the first time."""
     try:
         from sparcomm.kernels import cuda
 
