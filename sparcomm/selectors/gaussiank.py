@@ -234,7 +234,7 @@ def _floor(drawn: Tensor, layout: Layout, k: int) -> float | None:
     floor = float(np.partition(drawn.abs().numpy(), SAMPLES - place)[SAMPLES - place])  # NaN is the largest here, too
     if not math.isfinite(floor):
         return None
-    smallest = torch.zeros((), dtype=drawn.dtype).nextafter(torch.ones((), dtype=drawn.dtype))
+    smallest = drawn.new_zeros(()).nextafter(drawn.new_ones(()))
     return max(floor, float(smallest))  # which lets in all but zeros, for which no list is needed
 
 

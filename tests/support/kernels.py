@@ -16,8 +16,8 @@ from support.on_device import OnDevice
 IMPLEMENTATIONS: dict[str, Any] = {"reference": reference, "cpu": cpu}
 if emulator.available():
     IMPLEMENTATIONS["text"] = cuda  # the CUDA text, on CPU tensors
-GPU = ("reference-gpu", "gpu")  # tests that have one of these as a parameter are marked gpu: see tests/conftest.py
 if torch.cuda.is_available():
+    # tests/conftest.py marks tests by these names.
     IMPLEMENTATIONS["reference-gpu"], IMPLEMENTATIONS["gpu"] = (OnDevice(m, "cuda") for m in (reference, cuda))
 WORKING = (torch.float32, torch.float64)
 GRADIENTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

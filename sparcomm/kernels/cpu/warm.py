@@ -23,7 +23,7 @@ def lock_file() -> Path:
 
 def warm_up() -> None:
     """Calls every kernel once per dtype, under a file lock: whoever comes second finds them in the disk cache."""
-    with lock_file().open("w") as lock:
+    with lock_file().open("w") as lock, torch.device("cpu"):  # whatever PyTorch's default device is
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, or its process dies
         for dtype in GRADIENT_DTYPES:
             _gradient_kernels(dtype)

@@ -19,15 +19,20 @@ _GRADIENTS = ((_SINGLE, _SINGLE), (torch.float16, _SINGLE), (torch.bfloat16, _SI
 
 # By text all combinations of dtypes that it is compiled for.
 TEXTS: dict[str, list[Types]] = {
+    "bitmap": [{}],
+    "code": [{}],
     "compensate": [{"GRAD": grad, "WORK": work} for grad, work in _GRADIENTS],
     "gauss": [{"WORK": work} for work in _WORKING],
-    "select": [{"WORK": work} for work in _WORKING],
-    "sums": [{"WORK": work} for work in _WORKING],
-    "signs": [{"GRAD": grad, "WORK": work} for grad, work in _GRADIENTS],
-    "vote": [{}],
-    "quantize": [{"WORK": work} for work in _WORKING],
     "narrow": [{"WORK": work, "WIRE": short} for work in _WORKING for short in WIRE_DTYPES.values()],
+    "quantize": [{"WORK": work} for work in _WORKING],
+    "scatter": [{"OUT": grad, "WORK": work} for grad, work in _GRADIENTS],
+    "select": [{"WORK": work} for work in _WORKING],
+    "signs": [{"GRAD": grad, "WORK": work} for grad, work in _GRADIENTS],
     "sketch": [{"VALUE": value} for value in _WORKING],
+    "sparse": [{"WORK": work} for work in _WORKING],
+    "sums": [{"WORK": work} for work in _WORKING],
+    "support": [{"GRAD": grad} for grad, _ in _GRADIENTS],
+    "vote": [{}],
 }
 C_NAMES = {
     torch.float32: "float",

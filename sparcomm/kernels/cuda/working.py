@@ -283,7 +283,7 @@ def top(index: Tensor, value: Tensor, k: int) -> Tensor:
     check_k("top", k, value.numel())
     places = torch.zeros(k, dtype=torch.int64, device=value.device)
     if k:
-        flags = torch.zeros(1, dtype=torch.uint8, device=value.device)
+        flags = torch.zeros(4, dtype=torch.uint8, device=value.device)  # a word: see raise_flag in csrc/common.cuh
         _largest(_begin(value, None, value, whole(value.numel(), value.device), 0, flags, writable=False), 0, k,
                  places, value.new_empty(k))  # fmt: skip
     return places
