@@ -18,7 +18,7 @@ WRONG = {
     "no barrier": f"{SHARED} {TURN} room[t] = t; mine = room[next];",
     "only a shuffle": f"{SHARED} {TURN} room[t] = t; __shfl_sync(ALL, t, 0); mine = room[t ^ 1];",
     "a warp's barrier": f"{SHARED} {TURN} room[t] = t; __syncwarp(); mine = room[next];",
-    "used again": f"{SHARED} {TURN} for (int i = 0; i < 2; i++) {{ room[t] = t; __syncthreads(); mine += room[next]; }}",
+    "used again": f"{SHARED} {TURN} for (int i = 0; i < 2; i++) {{ room[t] = t; __syncthreads(); mine = room[next]; }}",
     "one word": "if (threadIdx.x == 0) out[0] = blockIdx.x;",
     "read while others write": """
         const u32 x = out[1 - blockIdx.x];
