@@ -2,8 +2,10 @@
 
 What a profile shows, from the outside in: ``sparcomm::bucket 2`` where DDP hands a bucket over; then, where the work is
 done, ``sparcomm::step 12`` around each of the step's jobs, ``sparcomm::unit 3 spardl`` around one unit, in it
-``sparcomm::select``, ``sparcomm::code`` and ``sparcomm::wire``; and ``sparcomm::commit``. On Gloo that work is done by
-a thread of its own, which PyTorch's profiler records only with ``profile_all_threads``: see docs/watching.md.
+``sparcomm::select``, ``sparcomm::code`` and ``sparcomm::wire``, and in these what is done, by the field's names:
+``compensate``, ``encode``, ``exchange``, ``all_to_all``, ``all_gather``, ``all_reduce``, ``decode``, ``merge``,
+``settle``, ``vote``, ``mean``; and ``sparcomm::commit``. On Gloo that work is done by a thread of its own, which
+PyTorch's profiler records only with ``profile_all_threads``: see docs/watching.md.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def contiguous_shape(numel: int, blocks: int) -> tuple[int, int]:
 def dealt(numel: int, blocks: int, device: torch.device | str = "cpu") -> Layout:
     """Tiles dealt in rounds of ``blocks`` tiles, each round in an order of its own."""
     tile, rounds = dealt_shape(numel, blocks)
-    keys = _mix(torch.arange(1, rounds * blocks + 1, dtype=torch.int64)).view(rounds, blocks)
+    keys = _mix(torch.arange(1, rounds * blocks + 1, device="cpu")).view(rounds, blocks)
     slot = keys.argsort(dim=1)
     return Layout(numel, blocks, tile, rounds, slot.to(device), slot.argsort(dim=1).to(device))
 

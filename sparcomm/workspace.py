@@ -17,16 +17,22 @@ class Workspace:
 
     def __init__(self) -> None:
         self._free: list[Tensor] = []
+        self._pins = False  # whether page-locked memory was ever asked for: else there is none to be told apart
         self._lent: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # by id
 
-    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A contiguous (numel,) tensor with undefined contents that nobody else uses."""
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device, *, pinned: bool = False) -> Tensor:
+        """A contiguous (numel,) tensor with undefined contents that nobody else uses; ``pinned``: page-locked memory.
+
+        On a CUDA device it may be read and written on the stream it was used on last, or behind it.
+        """
+        self._pins |= pinned
         for i, t in enumerate(self._free):
-            if t.numel() == numel and t.dtype == dtype and t.device == device:
+            fits = t.numel() == numel and t.dtype == dtype and t.device == device
+            if fits and (not self._pins or t.is_pinned() == pinned):
                 taken = self._free.pop(i)
                 break
         else:
-            taken = torch.empty(numel, dtype=dtype, device=device)
+            taken = torch.empty(numel, dtype=dtype, device=device, pin_memory=pinned)
         self._lent[id(taken)] = taken
         return taken
 

@@ -11,19 +11,35 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
 import pytest
-from hypothesis import HealthCheck, settings
 
-settings.register_profile(
-    "sparcomm",
-    deadline=None,  # the first example of a kernel includes its compilation
-    max_examples=25,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-settings.register_profile("thorough", parent=settings.get_profile("sparcomm"), max_examples=1000)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "sparcomm"))
+# A machine with a GPU may have torch, CuPy, Numba and pytest only: tests/gpu and what it imports need no more, and
+# Hypothesis, pytest-xdist and pytest-timeout may be missing here.
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:
+    pass
+else:
+    settings.register_profile(
+        "sparcomm",
+        deadline=None,  # the first example of a kernel includes its compilation
+        max_examples=25,
+        print_blob=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    settings.register_profile("thorough", parent=settings.get_profile("sparcomm"), max_examples=1000)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "sparcomm"))
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """What pyproject.toml sets for plugins that are missing is known all the same, and means nothing."""
+    if not pluginmanager.hasplugin("xdist"):
+        parser.addoption("--dist")
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "of one test, in seconds")
+        parser.addini("timeout_method", "how it is ended")
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One more than there are cores: many tests wait, for other processes and for time limits."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -47,9 +63,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         warm_up()
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips CUDA tests on machines without a device; nothing else is ever skipped here."""
-    wanted = [item for item in items if item.get_closest_marker("cuda")]
+    """Marks tests that have a GPU as a parameter; skips GPU tests where there is none, and nothing else."""
+    for item in items:
+        parameters: dict[str, object] = getattr(getattr(item, "callspec", None), "params", {})
+        if any(value in ("gpu", "reference-gpu") for value in parameters.values() if isinstance(value, str)):
+            item.add_marker(pytest.mark.gpu)
+    wanted = [item for item in items if item.get_closest_marker("gpu")]
     if not wanted:
         return
     import torch

@@ -61,6 +61,20 @@ def write_out(parts: Sequence[Part], out: Tensor) -> Tensor:
     return out
 
 
+def sent_at(index: Tensor, where: Tensor, n: int) -> Tensor:
+    """``Reduced.sent``: those of ``index`` (k,), distinct positions, at which ``where`` (k,) is true; below ``n``."""
+    if index.device.type == "cpu":
+        return index[where & (index < n)].sort().values
+    mask = torch.zeros(n + 1, dtype=torch.bool, device=index.device)
+    mask[index.clamp(max=n)] = where  # all padding falls on the last place
+    return mask[:n]
+
+
+def positions(sent: Tensor | None) -> Tensor | None:
+    """``Reduced.sent`` as positions, for which the host may have to wait."""
+    return sent.nonzero().flatten() if sent is not None and sent.dtype == torch.bool else sent
+
+
 class Reduced(NamedTuple):
     """What ``reduce`` returns. Buffers belong to the caller, who may hand them to ``state.workspace`` when done.
 
@@ -68,7 +82,8 @@ class Reduced(NamedTuple):
         total: (n,) working dtype: the SUM over ranks, the same bits on every rank. Undefined where ``ok`` is false.
             None if there are ``parts`` instead.
         residual: (n,) working dtype, pending: what this rank still owes. None = nothing.
-        sent: sorted int64 positions whose own mass left this rank; None = all.
+        sent: sorted int64 positions whose own mass left this rank; None = all. On a device it may be (n,) bool
+            instead, True there, since the host would have to wait for how many they are.
         state: the pending state.
         ok: () bool, the same on all ranks: no inf or NaN in any gradient, residual or sum.
         parts: the sum's entries, no position twice, the same bits on every rank; everywhere else the sum is zero.

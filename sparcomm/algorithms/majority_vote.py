@@ -59,7 +59,7 @@ class SignumState(State):
         superseded: the one before, free as soon as a step starts from this state.
     """
 
-    momentum: Tensor = per_element(default_factory=lambda: torch.zeros(0))
+    momentum: Tensor = per_element(default_factory=lambda: torch.zeros(0, device="cpu"))
     superseded: Tensor | None = derived(default=None)
 
 

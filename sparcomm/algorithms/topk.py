@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from sparcomm import layout, wire
-from sparcomm.algorithms.base import Algorithm, Cost, Part, SparseAlgorithm, State, Summed, private
+from sparcomm.algorithms.base import Algorithm, Cost, Part, SparseAlgorithm, State, Summed, private, sent_at
+from sparcomm.clock import Range
 from sparcomm.codecs.packet import INDICES, ROUNDINGS, VALUES, Packet, check_values
 from sparcomm.collectives.bags import Bags
 from sparcomm.collectives.dense import log2_ceil
@@ -145,15 +146,17 @@ class TopKAllGather(SparseAlgorithm):
             after = replace(state, memo=memo.state()) if isinstance(state, TopKState) else state
         with state.clock.span("code"):
             bag, decoded = self._coded(n, index, value, bags, transport.rank)
-            kernels.deduct(choice.work, 0, decoded)
-            kernels.settle(choice.work, 0, index)
-            sent = index[decoded != 0] if state.wants_sent else None  # a zero takes nothing away
+            with Range("settle"):
+                kernels.deduct(choice.work, 0, decoded)
+                kernels.settle(choice.work, 0, index)
+            sent = sent_at(index, decoded != 0, n) if state.wants_sent else None  # a zero takes nothing away
         with state.clock.span("wire"):
             arrived = self._gathered(n, bag, bags, transport)
         with state.clock.span("code"):
             lists = [Sparse(*self._decoded(n, arrived[r], r, dtype, bags), n) for r in range(transport.size)]
-            # Merging p lists one after the other takes about p²k/2 steps, which must not exceed a pass over n.
-            if state.wants_total or transport.size**2 * k > n:
+            # Merging p lists one after the other takes about p²k/2 steps, which must not exceed a pass over n, and a
+            # device's host would have to wait for how long each is.
+            if state.wants_total or transport.size**2 * k > n or grad.device.type != "cpu":
                 total = state.workspace.take(n, dtype, grad.device).zero_()
                 for s in lists:
                     kernels.add(total, s.index, s.value, one, 0, bags.flags)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from sparcomm.bench import entries, models
+from sparcomm.bench import models
 from sparcomm.errors import ConfigError
 
 T = TypeVar("T")
@@ -141,6 +141,8 @@ def parser() -> Parser:
 
 def parse(argv: Sequence[str]) -> Options:
     """Options from the command line. Raises ConfigError, naming what is wrong."""
+    from sparcomm.bench import entries  # needs pydantic, which no benchmark of kernels does
+
     given = parser().parse_args(argv)
     typed = given.algorithms if given.algorithms is not None else (TRAINED if given.model else ALGORITHMS)
     given.algorithms = tuple(entries.split(typed))
@@ -155,6 +157,8 @@ def parse(argv: Sequence[str]) -> Options:
 
 def check(options: Common, algorithms: Sequence[str]) -> None:
     """Raises ConfigError for an algorithm that cannot be, or a number of ranks that contradicts the launcher's."""
+    from sparcomm.bench import entries
+
     if options.density > 1:
         raise ConfigError(f"--density {options.density:g}: must be in (0, 1]")
     entries.check_shared(options.values, options.schedule)

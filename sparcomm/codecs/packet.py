@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sparcomm import wire
+from sparcomm.clock import Range
 from sparcomm.dtypes import WIRE_DTYPES
 from sparcomm.errors import ConfigError, SparcommError
 from sparcomm.kernels import Kernels
@@ -124,6 +125,10 @@ class Packet:
         Returns:
             The values as the receiver will read them, with which the sender goes on, and the words to send.
         """
+        with Range("encode"):
+            return self._encode(index, value, out, kernels, seed)
+
+    def _encode(self, index: Tensor, value: Tensor, out: Tensor, kernels: Kernels, seed: int) -> Encoded:
         if not self.static:
             split = self.value_words
             decoded = self._encode_values(value, out[:split], kernels, seed)
@@ -164,6 +169,10 @@ class Packet:
         Raises:
             SparcommError: ``static``, and the number of words is another.
         """
+        with Range("decode"):
+            return self._decode(words, dtype, flags, kernels)
+
+    def _decode(self, words: Tensor, dtype: torch.dtype, flags: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor]:
         if not self.static:
             split = self.value_words
             if words.numel() < split:

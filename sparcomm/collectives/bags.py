@@ -61,8 +61,8 @@ class Bags:
             header[3] = int(self.kernels.checksum(bag))
         else:
             bag[0:1] = (self.flags.to(torch.int32) << 8) | self._first
-            bag[1] = _signed(self.step)
-            bag[2] = length
+            bag[1].fill_(_signed(self.step))  # bag[1] = number would be a copy for which the host waits
+            bag[2].fill_(length)
             bag[3] = self.kernels.checksum(bag)
 
     def open(self, bag: Tensor, source: int, *, variable: bool = False) -> Tensor:

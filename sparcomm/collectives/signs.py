@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sparcomm import wire
-from sparcomm.clock import Clock
+from sparcomm.clock import Clock, Range
 from sparcomm.collectives.bags import Bags
 from sparcomm.collectives.dense import log2_ceil
 from sparcomm.errors import ConfigError
@@ -162,9 +162,10 @@ class Signs:
         with self._clock.span("code"):
             votes = cut.ballot(self._arrived[:, wire.HEADER_WORDS :], rank)
             verdict = self._blank(self._rows[0], rank)
-            if verdict.signs.numel():
-                args = (verdict.signs, verdict.present)
-                self._kernels.vote(votes.signs, votes.present, cast(Rule, tie), self._ties, cut.first(rank), *args)
+            args = (cast(Rule, tie), self._ties, cut.first(rank), verdict.signs, verdict.present)
+            with Range("vote"):
+                if verdict.signs.numel():
+                    self._kernels.vote(votes.signs, votes.present, *args)
             if cut.scaled:
                 total = torch.zeros((), dtype=torch.float64, device=x.device)
                 for scale in votes.worth:  # in rank order
@@ -217,9 +218,10 @@ class Signs:
     def _pack(self, x: Tensor, chunk: int, bag: Tensor) -> Ballot:
         """Writes the signs of ``x``, a chunk, into a bag. Its scale is yet to be written."""
         ballot = self._blank(bag, chunk)
-        if x.numel():
-            where = (self._zeros, self._cut.first(chunk))
-            self._kernels.pack_signs(x, self._zero, *where, ballot.signs, ballot.present, self._bags.flags)
+        where = (self._zeros, self._cut.first(chunk))
+        with Range("encode"):
+            if x.numel():
+                self._kernels.pack_signs(x, self._zero, *where, ballot.signs, ballot.present, self._bags.flags)
         return ballot
 
     def _mean(self, x: Tensor, present: Tensor | None) -> Tensor:
@@ -227,7 +229,9 @@ class Signs:
         if not x.numel():
             return torch.zeros((), dtype=torch.float64, device=x.device)
         total = self._kernels.absolute_sum(x)
-        return total / (x.numel() if present is None else self._kernels.popcount(present).clamp(min=1))
+        # As a tensor: by a plain number GPUs divide with an error in the last bit.
+        whole = torch.full_like(total, x.numel()) if present is None else self._kernels.popcount(present).clamp(min=1)
+        return total / whole
 
     def _settle(self, x: Tensor, ballot: Ballot, scale: Tensor) -> None:
         """Writes the scale of what is sent of ``x``, and takes from ``x`` what that says."""
@@ -269,7 +273,8 @@ class Signs:
             for rank, bag in enumerate(self._arrived):
                 payload = bag[wire.HEADER_WORDS :] if cut.size == 1 else self._bags.open(bag, rank)
                 part, verdict = out[cut.elements(rank)], cut.ballot(payload, rank)
-                if part.numel():
-                    scale = one if verdict.scale is None else verdict.scale.to(out.dtype)
-                    self._kernels.spread_signs(verdict.signs, verdict.present, scale, part)
+                with Range("decode"):
+                    if part.numel():
+                        scale = one if verdict.scale is None else verdict.scale.to(out.dtype)
+                        self._kernels.spread_signs(verdict.signs, verdict.present, scale, part)
         self._space.give(*self._buffers)

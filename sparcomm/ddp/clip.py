@@ -56,7 +56,7 @@ class NormBound:
         self._asked = self._reducer.records_norms = True
         known = [t for t in told if t is not None]
         if len(known) == len(told):
-            self._bound = torch.tensor(sum(known) / len(known), dtype=torch.float64)
+            self._bound = torch.tensor(sum(known) / len(known), dtype=torch.float64, device="cpu")
         return self._bound
 
 
@@ -90,7 +90,8 @@ def clip_(
         )
         flat = [g.coalesce().values() if g.is_sparse else g for g in grads]
         norms = [torch.linalg.vector_norm(g, dtype=working_dtype(g.dtype)) for g in flat]
-        bound = torch.stack([n.to(norms[0].device) for n in norms]).double().norm() if norms else torch.zeros(())
+        norms = norms or [torch.zeros((), device="cpu")]
+        bound = torch.stack([n.to(norms[0].device) for n in norms]).double().norm()
     factor = torch.where(bound.isfinite(), (max_norm / (bound + _EPSILON)).clamp(max=1.0), 1.0)
     if bound.device.type == "cpu" and float(factor) == 1.0:  # within the limit, or not finite: left as it is
         return bound

@@ -37,7 +37,7 @@ from sparcomm.ddp.step import Step
 from sparcomm.ddp.units import Carried, Partition
 from sparcomm.ddp.worker import Inline, Worker
 from sparcomm.errors import ConfigError, DamagedBag, HookError
-from sparcomm.kernels import warm_up
+from sparcomm.kernels import prepare
 from sparcomm.transport.torchdist import TorchTransport
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ class Engine:
         self.failure: BaseException | None = None
         self._parameters = list(parameters)
         self._retired: Seconds = {}  # of units that are gone
-        if not parameters or any(p.device.type == "cpu" for p in parameters):
-            warm_up()  # before anyone waits for anyone: compiling may take longer than a short timeout
+        # Before anyone waits for anyone: compiling may take longer than a short timeout.
+        prepare({p.device for p in parameters} or {torch.device("cpu")})
         self._open: list[Delivery] = []
         self._rested: float | None = None  # when the last step ended; None = not at work yet, or the device is
         self._closed, self._process = False, os.getpid()
@@ -349,11 +349,11 @@ class Engine:
         """What ``backward()`` says; it says it as a plain RuntimeError, so the types are in the text."""
         return f"sparcomm.HookError: step {self.completed} on rank {self.rank}: {type(error).__name__}: {error}"
 
-    def raise_if_failed(self) -> None:
-        """Raises what has ended this hook; DamagedBag if a device found bytes damaged, for which it waits."""
+    def raise_if_failed(self, waits: bool = True) -> None:
+        """Raises what has ended this hook; if it ``waits`` for the device, DamagedBag for bytes found damaged there."""
         if self.failure is not None:
             raise self.failure
-        flags = (unit.state.damage for unit in self.partition.units)
+        flags = [unit.state.damage for unit in self.partition.units] if waits else []
         if any(bool(flag.any()) for flag in flags if flag is not None):
             raise DamagedBag("a message that arrived was not what was sent; nothing was committed since")
 

@@ -74,6 +74,17 @@ class CudaLane(Lane):
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
 
+def hold(*tensors: Tensor | None) -> None:
+    """Keeps their memory until the current stream is done with it: of CUDA tensors that may come from another stream.
+
+    Loaded residuals and those that clipping has changed are made on the caller's stream; when a lane's step replaces
+    one, the caller's stream would get its memory back while the lane still reads it.
+    """
+    for t in tensors:
+        if t is not None and t.is_cuda:
+            t.record_stream(torch.cuda.current_stream(t.device))
+
+
 def lane_for(device: torch.device) -> Lane:
     """The lane of a bucket on ``device``."""
     return CudaLane(device) if device.type == "cuda" else Lane()

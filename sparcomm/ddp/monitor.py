@@ -101,12 +101,12 @@ class _Sample:
     def __init__(self, unit: Unit, step: int) -> None:
         n, m = unit.numel, min(unit.numel, SAMPLE)
         # One position at random in each of m strata: sorted, distinct, and in step with no period of the gradient.
-        edge = torch.arange(m + 1, dtype=torch.int64) * n // m
+        edge = torch.arange(m + 1, device="cpu") * n // m
         made = torch.Generator().manual_seed(unit.number)
-        offset = (torch.rand(m, generator=made, dtype=torch.float64) * (edge[1:] - edge[:-1])).long()
+        offset = (torch.rand(m, generator=made, dtype=torch.float64, device="cpu") * (edge[1:] - edge[:-1])).long()
         self.index = (edge[:-1] + offset).to(unit.device)
         self.last = torch.full((m,), step - 1, dtype=torch.int64, device=unit.device)
-        self.offered = self.clear = self.sent = torch.empty(0)
+        self.offered = self.clear = self.sent = torch.empty(0, device="cpu")
 
     def before(self, grad: Tensor, residual: Tensor | None) -> None:
         offered = grad.index_select(0, self.index).to(working_dtype(grad.dtype))

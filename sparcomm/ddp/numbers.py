@@ -12,7 +12,7 @@ from sparcomm.transport.base import Transport
 
 def gather_numbers(transport: Transport, mine: Sequence[float] | Tensor, device: torch.device) -> Tensor:
     """(p, len(mine)) float64 on ``device``, row r from rank r. Collective; only to be called by the hook's worker."""
-    x = torch.as_tensor(mine, dtype=torch.float64).to(device, non_blocking=True).reshape(-1)
+    x = torch.as_tensor(mine, dtype=torch.float64, device=device).reshape(-1)
     out = torch.empty((transport.size, x.numel()), dtype=torch.float64, device=device)
     transport.all_gather(out, x)
     return out

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparcomm.algorithms.base import State
-from sparcomm.clock import Clock
+from sparcomm.clock import Clock, Range
 from sparcomm.ddp.mean import write_mean
 from sparcomm.ddp.monitor import Monitor
 from sparcomm.ddp.options import Options
@@ -76,9 +76,11 @@ class Reducer:
             monitor.before(unit, fed, owed, joined=plan.joined)
         reduced = algorithm.reduce(fed, owed, unit.state, number, transport)
         if velocity is not None and reduced.sent is not None:
-            velocity.index_fill_(0, reduced.sent, 0)
+            mask = reduced.sent.dtype == torch.bool
+            _ = velocity.masked_fill_(reduced.sent, 0) if mask else velocity.index_fill_(0, reduced.sent, 0)
         residual = self._unhide(unit, before, idle, velocity, reduced.residual, plan)
-        ok, lost = write_mean(reduced, grad, transport.size, plan.scale)
+        with Range("mean"):
+            ok, lost = write_mean(reduced, grad, transport.size, plan.scale)
         if monitor is not None:
             monitor.after(unit, algorithm, grad, residual, plan.scale)
         residual = self._residual(unit, residual, lost, plan, number)
@@ -142,7 +144,7 @@ class Reducer:
 
     def _idle(self, unit: Unit, used: Sequence[bool]) -> list[slice]:
         """The places of parameters that no rank has used: their mean would be thrown away. Collective."""
-        flags = torch.tensor(used, dtype=torch.int32).to(unit.device, non_blocking=True)
+        flags = torch.tensor(used, dtype=torch.int32, device=unit.device)
         self.transport.all_reduce(flags, "max")
         return [span for (_, span), anyone in zip(unit.spans(), flags.tolist(), strict=True) if not anyone]
 

@@ -207,7 +207,7 @@ class HookState:
         self._module.need("clip_grad_norm_()")
         engine = self._started()
         engine.drain()
-        self.raise_if_failed()
+        engine.raise_if_failed(waits=False)
         bound = engine.norms.ask(self._meet(f"clip_grad_norm_ after step {engine.completed}"))
         if error_if_nonfinite and bound is not None and not bool(torch.isfinite(bound)):
             raise RuntimeError(f"the total norm of the gradients is not finite: {float(bound)}")

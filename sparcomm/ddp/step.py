@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +16,11 @@ from torch import Tensor
 from sparcomm.algorithms.base import State, field_kinds, get_field, set_field
 from sparcomm.clock import Range
 from sparcomm.ddp.delivery import Delivery
+from sparcomm.ddp.lane import hold
 from sparcomm.ddp.plan import Plan
 from sparcomm.ddp.reduction import Pending, Reducer
 from sparcomm.ddp.sparse_layout import FIRST, reduce_rows
+from sparcomm.ddp.storage import choose
 from sparcomm.ddp.units import Partition, Unit
 from sparcomm.errors import HookError
 
@@ -126,6 +127,7 @@ class Step:
         """Reduces one unit, writes the mean into its buckets, and keeps what is new pending."""
         arrival = self._arrivals[unit]
         used = None if arrival.used is None else [arrival.used[id(p)] for p in unit.params]
+        hold(unit.residual, unit.velocity, *unit.tensors())
         with Range(f"unit {unit.number} {self.plan.algorithm(unit.algorithm).name}"):
             self._pending.append(self._reducer.run(unit, arrival.grad, self.plan, self.number, used))
         for buffer, source, target in arrival.returns:
@@ -143,12 +145,12 @@ class Step:
                 self._swap()
             else:
                 self.drop()
-            return torch.tensor(good)
+            return torch.tensor(good, device="cpu")
         good = _all(oks)
         for p in self._pending:
             here = good.to(p.unit.device, non_blocking=True)
             p.residual = self._reducer.storage.select(here, p.residual, p.unit.residual)
-            p.velocity = _select(here, p.velocity, p.unit.velocity)
+            p.velocity = choose(here, p.velocity, p.unit.velocity)
             p.state = _select_state(here, p.state, p.unit.state)
         self._swap()
         return good
@@ -178,19 +180,8 @@ class Step:
 def _all(oks: list[Tensor]) -> Tensor:
     """() bool on the first flag's device, without waiting for it."""
     if not oks:
-        return torch.tensor(True)
+        return torch.tensor(True, device="cpu")
     return torch.stack([ok.to(oks[0].device, non_blocking=True) for ok in oks]).all()
-
-
-def _select(good: Tensor, new: Any, old: Any) -> Any:
-    """``new`` where ``good`` else ``old``, for tensors and None (= zeros), decided on the device. Overwrites either."""
-    if new is old:
-        return new
-    if new is None:
-        return old.masked_fill_(good, 0)
-    if old is None:
-        return new.masked_fill_(~good, 0)
-    return torch.where(good, new, old, out=new)
 
 
 def _select_state(good: Tensor, new: State, old: State) -> State:
@@ -203,5 +194,5 @@ def _select_state(good: Tensor, new: State, old: State) -> State:
         return new if bool(good) else old
     for (name, _), (a, b) in zip(kinds, pairs, strict=True):
         if isinstance(a, Tensor):
-            set_field(new, name, _select(good, a, b))
+            set_field(new, name, choose(good, a, b))
     return new

@@ -57,8 +57,8 @@ class Storage:
             stored = workspace.take(residual.numel(), torch.bfloat16, residual.device)
             kernels_for(residual).round_stochastic(residual, stored, seed_of(step, unit, rank))
         elif self.kind == "pinned" and residual.is_cuda:
-            # PyTorch caches page-locked memory, and gives none away before the copies from and to it are done.
-            stored = torch.empty(residual.numel(), dtype=residual.dtype, pin_memory=True)
+            # Copies from and to it are in the order of the stream that all steps run on: the host may forget them.
+            stored = workspace.take(residual.numel(), residual.dtype, torch.device("cpu"), pinned=True)
             stored.copy_(residual, non_blocking=True)
         else:
             return residual
@@ -89,10 +89,10 @@ class Storage:
 
         All are stored ones; either may be overwritten. ``good`` lies on the gradient's device.
         """
-        if new is old:
-            return new
-        target = old if new is None else new
-        assert target is not None
+        kept = [t for t in (new, old) if t is not None]
+        if new is old or all(t.device == good.device and t.dtype == kept[0].dtype for t in kept):
+            return choose(good, new, old)
+        target = kept[0]
         there = [None if t is None else t.to(good.device, target.dtype, non_blocking=True) for t in (new, old)]
         zero = torch.zeros((), dtype=target.dtype, device=good.device)
         chosen = torch.where(good, *(zero if t is None else t for t in there))
@@ -102,6 +102,17 @@ class Storage:
         """Returns when the host may read what is stored: copies to page-locked memory do not wait for the device."""
         if self.kind == "pinned" and torch.cuda.is_available():
             torch.cuda.synchronize()
+
+
+def choose(good: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | None:
+    """``new`` where ``good``, (), else ``old``, None standing for zeros; decided on the device. Overwrites either."""
+    if new is old:
+        return new
+    if new is None:
+        return None if old is None else old.masked_fill_(good, 0)
+    if old is None:
+        return new.masked_fill_(~good, 0)
+    return torch.where(good, new, old, out=new)
 
 
 def seed_of(step: int, unit: int, rank: int) -> int:

@@ -60,6 +60,11 @@ class Unit:
         """Elements of the flat vector."""
         return sum(p.numel() for p in self.params)
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Those of the algorithm's state that are kept from step to step."""
+        fields = (get_field(self.state, name) for name, kind in field_kinds(self.state) if kind != "derived")
+        return (value for value in fields if isinstance(value, Tensor))
+
     def spans(self) -> Iterator[tuple[Tensor, slice]]:
         """Every parameter with its place in the flat vector."""
         start = 0

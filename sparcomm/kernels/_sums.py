@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +11,7 @@ from sparcomm import wire
 from sparcomm.dtypes import working_dtype
 from sparcomm.errors import SparcommError
 from sparcomm.kernels._entries import add_to, gather, magnitude, raise_flag, scatter, subtract
+from sparcomm.kernels.checks_sums import check_floor, check_k, check_pair, check_sample, check_working, key_of
 from sparcomm.kernels.interface import Working
 from sparcomm.layout import Layout
 
@@ -45,7 +45,7 @@ def compensate(
     floor: Tensor | None = None,
 ) -> Working:
     """Writes grad + residual, twice."""
-    _check_floor(floor, out, layout)
+    check_floor(floor, out, layout)
     out.copy_(grad)
     if residual is not None:
         out.add_(residual)
@@ -61,8 +61,8 @@ def survey(
     floor: Tensor | None = None,
 ) -> Working:
     """Writes a copy of x, for the sums."""
-    _check_working(x, layout)
-    _check_floor(floor, x, layout)
+    check_working(x, layout)
+    check_floor(floor, x, layout)
     raise_flag(flags, wire.NONFINITE, ~x.isfinite())
     return Dense(x, layout, x.clone(), flags, writable=False)
 
@@ -70,7 +70,7 @@ def survey(
 def select(work: Working, block: int, k: int) -> tuple[Tensor, Tensor]:
     """Positions and sums of the k largest magnitudes."""
     dense, sums = _open(work, block)
-    _check_k("select", k, dense.layout.length)
+    check_k("select", k, dense.layout.length)
     index = dense.chosen[block] = magnitude(sums).sort(descending=True, stable=True).indices[:k].sort().values
     return index, sums[index]
 
@@ -78,14 +78,14 @@ def select(work: Working, block: int, k: int) -> tuple[Tensor, Tensor]:
 def count_above(work: Working, block: int, threshold: float) -> int:
     """How many magnitudes exceed the threshold."""
     _, sums = _open(work, block)
-    return int((magnitude(sums) > _key_of(threshold, sums)).sum())
+    return int((magnitude(sums) > key_of(threshold, sums.dtype)).sum())
 
 
 def above(work: Working, block: int, threshold: float, k: int) -> tuple[Tensor, Tensor]:
     """The first k above the threshold, then the first others, in order."""
     dense, sums = _open(work, block)
-    _check_k("above", k, dense.layout.length)
-    over = magnitude(sums) > _key_of(threshold, sums)
+    check_k("above", k, dense.layout.length)
+    over = magnitude(sums) > key_of(threshold, sums.dtype)
     index = dense.chosen[block] = over.to(torch.uint8).sort(descending=True, stable=True).indices[:k].sort().values
     return index, torch.where(over, sums, 0)[index]
 
@@ -122,16 +122,15 @@ def settle(work: Working, block: int, index: Tensor) -> None:
 
 def top(index: Tensor, value: Tensor, k: int) -> Tensor:
     """Places of the k largest magnitudes."""
-    if index.shape != value.shape:
-        raise SparcommError(f"shapes {tuple(index.shape)} and {tuple(value.shape)} must be equal")
-    _check_k("top", k, value.numel())
+    check_pair(index, value)
+    check_k("top", k, value.numel())
     return magnitude(value).sort(descending=True, stable=True).indices[:k].sort().values
 
 
 def sample(grad: Tensor, residual: Tensor | None, count: int) -> Tensor:
     """One element of each share."""
     n = grad.numel()
-    _check_sample(grad, residual, count)
+    check_sample(grad, residual, count)
     place = torch.arange(min(count, n), device=grad.device)
     if n > count:
         chance = ((place * -0x61C8864680B583EB) >> 40) & 0xFFFFFF  # 0x9E3779B97F4A7C15, as int64 has it
@@ -154,39 +153,3 @@ def _open(work: Working, block: int) -> tuple[Dense, Tensor]:
         raise SparcommError(f"block {block} has been selected from already: nothing can be merged or selected again")
     everywhere = torch.arange(dense.layout.length, device=dense.sums.device)
     return dense, gather(dense.sums, everywhere, dense.layout, block)
-
-
-def _key_of(threshold: float, x: Tensor) -> int:
-    """The magnitude of the largest number of x's dtype that is not above the threshold: what exceeds one does both."""
-    if not 0 <= threshold < math.inf:
-        raise SparcommError(f"threshold={threshold} must be a finite number, 0 or more")
-    near = torch.tensor(threshold, dtype=x.dtype)
-    if near.item() > threshold:
-        near = near.nextafter(torch.zeros_like(near))
-    return int(magnitude(near.view(1)))
-
-
-def _check_sample(grad: Tensor, residual: Tensor | None, count: int) -> None:
-    if count < 1 or count & (count - 1) or grad.dim() != 1 or (residual is not None and residual.shape != grad.shape):
-        shapes = " and ".join(str(tuple(t.shape)) for t in (grad, residual) if t is not None)
-        raise SparcommError(f"count={count} of {shapes}: must be a power of two, of flat vectors of one shape")
-
-
-def _check_working(x: Tensor, layout: Layout) -> None:
-    if x.dtype not in (torch.float32, torch.float64) or x.shape != (layout.numel,) or not x.is_contiguous():
-        raise SparcommError(
-            f"survey of {x.dtype}{list(x.shape)}, stride {x.stride()}: must be float32 or float64, flat and "
-            f"contiguous, of the layout's {layout.numel} elements"
-        )
-
-
-def _check_floor(floor: Tensor | None, x: Tensor, layout: Layout) -> None:
-    if floor is not None and (floor.dtype != x.dtype or floor.shape != (layout.blocks,)):
-        raise SparcommError(
-            f"floor is {floor.dtype}{list(floor.shape)}: must be {x.dtype}[{layout.blocks}], one magnitude a block"
-        )
-
-
-def _check_k(what: str, k: int, length: int) -> None:
-    if not 0 <= k <= length:
-        raise SparcommError(f"{what}: k={k} must be in [0, {length}], as many as there are")

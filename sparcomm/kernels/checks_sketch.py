@@ -21,6 +21,13 @@ def check_keys(key: Tensor, width: int = 1) -> None:
         )
 
 
+def check_sorted_keys(key: Tensor, width: int = 1) -> None:
+    """As ``check_keys``, and where that needs no waiting raises SparcommError unless they are in order and range."""
+    check_keys(key, width)
+    if key.device.type == "cpu" and key.numel():
+        check_order(bool((key[1:] > key[:-1]).all()) and int(key[0]) >= 0 and int(key[-1]) < 1 << 32)
+
+
 def check_order(increasing: bool) -> None:
     """Raises SparcommError unless told that the keys are strictly increasing and in range."""
     if not increasing:

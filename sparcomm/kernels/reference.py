@@ -35,6 +35,7 @@ from sparcomm.kernels._entries import saturate as _saturate
 from sparcomm.kernels._sketch import estimate, from_fixed, occupancy, peel, sketch, to_fixed
 from sparcomm.kernels._sums import above, compensate, count_above, deduct, merge, sample, select, settle, survey, top
 from sparcomm.kernels.checks import check_code, check_rice, check_rounding, check_scales
+from sparcomm.kernels.gauss import gaussian
 from sparcomm.layout import Layout
 from sparcomm.sparse import Sparse
 
@@ -56,6 +57,7 @@ __all__ = [
     "expand",
     "from_fixed",
     "gather",
+    "gaussian",
     "merge",
     "merge_sum",
     "narrow",

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from sparcomm import __version__, wire
 from sparcomm.algorithms.base import Algorithm, Reduced
 from sparcomm.errors import CheckpointError, ConfigError, DamagedBag
-from sparcomm.kernels import warm_up
+from sparcomm.kernels import prepare
 from sparcomm.optim.buckets import Bucket, make_buckets
 from sparcomm.optim.meeting import Meeting
 from sparcomm.transport.base import Traffic, Transport
@@ -148,8 +148,7 @@ class CollectiveOptimizer(Optimizer, ABC):
         buckets = make_buckets(self.param_groups)
         if not buckets:
             raise ConfigError("no parameter requires a gradient: there is nothing to train")
-        if any(bucket.device.type == "cpu" for bucket in buckets):
-            warm_up()  # before anyone waits for anyone: compiling may take longer than a short timeout
+        prepare({bucket.device for bucket in buckets})  # before anyone waits for anyone: compiling takes its time
         meeting = Meeting.join(self._group, self._transport, buckets[0].device, self.timeout)
         try:
             self.algorithm.check_size(meeting.transport.size)

@@ -90,7 +90,7 @@ class Meeting:
         """Everybody's numbers, which are as many on all ranks."""
         if self.transport.size == 1:
             return [mine]
-        x = torch.tensor(mine, dtype=torch.int64).to(self._device)
+        x = torch.tensor(mine, dtype=torch.int64, device=self._device)
         out: Tensor = x.new_empty((self.transport.size, len(mine)))
         self.transport.all_gather(out, x)
         return out.tolist()

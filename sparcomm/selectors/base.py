@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from sparcomm.clock import Range
 from sparcomm.dtypes import check_gradient, working_dtype
 from sparcomm.errors import ConfigError, SparcommError
 from sparcomm.kernels import Kernels, kernels_for
@@ -205,10 +206,11 @@ def summed(
     working = working_dtype(grad.dtype)
     if k < 0:
         raise SparcommError(f"k={k}: must be 0 or more")
-    floors = None if floor is None else torch.full((layout.blocks,), floor, dtype=working)
+    floors = None if floor is None else torch.full((layout.blocks,), floor, dtype=working, device=grad.device)
     k = min(k, layout.length)
     if out is not None:
-        return kernels.compensate(grad, residual, out, layout, k, flags, floors)
+        with Range("compensate"):
+            return kernels.compensate(grad, residual, out, layout, k, flags, floors)
     if residual is not None or grad.dtype != working:
         raise SparcommError(f"{grad.dtype} {'and a residual' if residual is not None else ''}: need an out to sum in")
     return kernels.survey(grad, layout, k, flags, floors)

@@ -31,7 +31,6 @@ own: ``pick`` may then count a block once more.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, ClassVar
@@ -42,13 +41,13 @@ from torch import Tensor
 
 from sparcomm.errors import ConfigError
 from sparcomm.kernels import Kernels
+from sparcomm.kernels.gauss import adjusted, moments
 from sparcomm.kernels.interface import Working
 from sparcomm.layout import Layout
 from sparcomm.selectors.base import Choice, Exact, Memo, Selector, summed
 from sparcomm.selectors.topk import TopK
 
 SAMPLES = 1 << 15
-PIECE = 1 << 14  # elements that stay in a core's cache over several operations
 LONG = 2  # a reused floor is off if so many times more positions reach it than when it was found: for so many is room
 
 
@@ -117,30 +116,30 @@ class GaussianK(Selector):
     def _published(self, kernels: Kernels, work: Working, k: int) -> float:
         """The paper's threshold; finite, and at least 0, above which zeros are not: they need not be sent."""
         layout = work.layout
-        mean, deviation = _moments(work.out)
         wanted = min(k * layout.blocks, layout.numel)
-        threshold = mean + _quantile(wanted / layout.numel) * deviation
+        z = _quantile(wanted / layout.numel)
+        if work.out.device.type != "cpu":  # one wait for the device, not one for each count
+            return _usable(float(kernels.gaussian(work.out, z, wanted, 0.0, self.adjust)[0]), work.out.dtype)
+        mean, deviation = moments(work.out)
 
         def count(threshold: float) -> int:
             usable = _usable(threshold, work.out.dtype)
             return sum(kernels.count_above(work, b, usable) for b in range(layout.blocks))
 
-        counted, _ = _adjusted(threshold, wanted, 0.0, self.adjust, count)
+        counted, _ = adjusted(mean + z * deviation, wanted, 0.0, self.adjust, count)
         return _usable(counted, work.out.dtype)
 
-    def estimate(self, drawn: Tensor, layout: Layout, k: int) -> float:
+    def estimate(self, kernels: Kernels, drawn: Tensor, layout: Layout, k: int) -> float:
         """The guarded rule's threshold, from a sample of the vector; may be negative or not finite.
 
         Args:
             drawn: what ``kernels.sample`` gave.
             k: of each block.
         """
-        mean, deviation = _moments(drawn)
         share = min(1.0, k * layout.blocks / layout.numel)
-        magnitude, wanted = drawn.abs(), share * drawn.numel()
+        wanted = share * drawn.numel()
         doubt = 2 * math.sqrt(wanted) if layout.numel > drawn.numel() else 0.0
-        threshold = mean + _quantile(share) * deviation
-        return _adjusted(threshold, wanted, doubt, self.adjust, lambda t: int((magnitude > t).count_nonzero()))[1]
+        return float(kernels.gaussian(drawn, _quantile(share), wanted, doubt, self.adjust)[1])
 
 
 class Guarded(Choice):
@@ -180,7 +179,7 @@ class Guarded(Choice):
     def _threshold(self) -> float | None:
         """This step's; None if none can be."""
         if self._drawn is not None:
-            found = self._rule.estimate(self._drawn, self.work.layout, self._k)
+            found = self._rule.estimate(self.kernels, self._drawn, self.work.layout, self._k)
             self._memo.threshold = _usable(found, self.work.out.dtype) if math.isfinite(found) else None
             self._drawn = None
         return self._memo.threshold
@@ -212,38 +211,6 @@ class Above(Choice):
         return self.kernels.above(self.work, block, self.threshold, found)
 
 
-def _adjusted(
-    threshold: float, wanted: float, doubt: float, times: int, count: Callable[[float], int]
-) -> tuple[float, float]:
-    """(the threshold last counted, the one that came of it), by the paper's loop.
-
-    ``doubt``: by how much a count must be out of bounds to be believed.
-    """
-    counted = threshold
-    for _ in range(times):
-        counted, found = threshold, count(threshold)
-        if found < 2 * wanted / 3 - doubt:
-            threshold *= 0.5
-        elif found > 4 * wanted / 3 + doubt:
-            threshold *= 1.5
-        else:
-            break
-    return counted, threshold
-
-
-def _moments(x: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation, in float64 and one pass; not finite where x is not. The host waits for them."""
-    n, step = x.numel(), PIECE if x.device.type == "cpu" else x.numel()
-    shift = float(x[0])  # so that what all elements share does not drown what they differ in
-    total = square = 0.0
-    for start in range(0, n, step):
-        part = x[start : start + step].to(torch.float64, copy=True).sub_(shift)
-        total += float(part.sum())
-        square += float(torch.dot(part, part))
-    mean = total / n
-    return mean + shift, math.sqrt(max(square / n - mean * mean, 0.0))
-
-
 def _quantile(share: float) -> float:
     """The z such that a standard normal value exceeds it in magnitude with probability ``share``, in (0, 1]."""
     return -NormalDist().inv_cdf(share / 2)  # of the small number, since 1 - share / 2 may round to 1
@@ -267,7 +234,7 @@ def _floor(drawn: Tensor, layout: Layout, k: int) -> float | None:
     floor = float(np.partition(drawn.abs().numpy(), SAMPLES - place)[SAMPLES - place])  # NaN is the largest here, too
     if not math.isfinite(floor):
         return None
-    smallest = torch.zeros((), dtype=drawn.dtype).nextafter(torch.ones((), dtype=drawn.dtype))
+    smallest = drawn.new_zeros(()).nextafter(drawn.new_ones(()))
     return max(floor, float(smallest))  # which lets in all but zeros, for which no list is needed
 
 

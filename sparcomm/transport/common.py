@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from sparcomm.clock import Range
 from sparcomm.errors import ConfigError, PeerError
 from sparcomm.transport.base import Link, Op, Traffic, Transport
 from sparcomm.transport.probe import probe
@@ -121,7 +122,8 @@ class BaseTransport(ABC):
         self._check_exchange(send, to, recv, source)
         self._enter(Call("exchange", "capacity" if capacity else "", parts_of(send, to, recv, source)))
         local = (send is not None and to == self.rank) or (recv is not None and source == self.rank)
-        self._exchange(send, to, recv, source, capacity)
+        with Range("exchange"):
+            self._exchange(send, to, recv, source, capacity)
         if local:
             self.traffic.book(1, 0, 0, 0)
         else:
@@ -135,7 +137,8 @@ class BaseTransport(ABC):
         if overlap(out, x):
             raise ConfigError("all_to_all: out and x overlap in memory, must be separate tensors")
         self._enter(Call("all_to_all", "", (Part("x", x.dtype, x.shape),)))
-        self._route(out, x)
+        with Range("all_to_all"):
+            self._route(out, x)
         self._book_route(x)
 
     def all_gather(self, out: Tensor, x: Tensor) -> None:
@@ -144,7 +147,8 @@ class BaseTransport(ABC):
         if overlap(out, x) and out[self.rank].data_ptr() != x.data_ptr():
             raise ConfigError("all_gather: x overlaps out in memory, but is not out[rank]")
         self._enter(Call("all_gather", "", (Part("x", x.dtype, x.shape),)))
-        self._gather(out, x)
+        with Range("all_gather"):
+            self._gather(out, x)
         self._book_gather(x)
 
     def all_reduce(self, x: Tensor, op: Op = "sum", *, native: bool = False) -> None:
@@ -158,12 +162,14 @@ class BaseTransport(ABC):
         self._check_contiguous("all_reduce", x)
         self._enter(Call("all_reduce", f"{op}, native" if native else op, (Part("x", x.dtype, x.shape),)))
         if native:
-            if self.size > 1:
-                self._native_all_reduce(x, op)
+            with Range("all_reduce"):
+                if self.size > 1:
+                    self._native_all_reduce(x, op)
             steps, sent = 2 * (self.size - 1), 2 * (self.size - 1) * nbytes(x) // self.size
             self.traffic.book(steps, steps, sent, sent)
         else:
-            self._ordered_all_reduce(x, op)
+            with Range("all_reduce"):
+                self._ordered_all_reduce(x, op)
 
     def _ordered_all_reduce(self, x: Tensor, op: Op) -> None:
         """all_to_all of p padded chunks, a sum in rank order, all_gather; booked."""
@@ -190,8 +196,8 @@ class BaseTransport(ABC):
     def split(self: Self, color: int, key: int) -> Self:
         """See ``Transport.split``. The sub-group shares ``traffic`` and ``context``; making it is not booked."""
         self._enter(Call("split"))
-        pairs = torch.empty((self.size, 2), dtype=torch.int64)
-        self._gather_setup(pairs, torch.tensor([color, key], dtype=torch.int64))
+        pairs = torch.empty((self.size, 2), dtype=torch.int64, device="cpu")
+        self._gather_setup(pairs, torch.tensor([color, key], dtype=torch.int64, device="cpu"))
         rows: list[list[int]] = pairs.tolist()
         members = sorted((k, r) for r, (c, k) in enumerate(rows) if c == color)
         made = self._make_split([r for _, r in members], color)
@@ -203,8 +209,8 @@ class BaseTransport(ABC):
         self._enter(Call("measure"))
         to, source = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         found = probe(lambda x, y: self._exchange(x, to, y, source, False), self._probe_device())
-        every = torch.empty((self.size, 2), dtype=torch.float64)
-        self._gather_setup(every, torch.tensor(found, dtype=torch.float64))
+        every = torch.empty((self.size, 2), dtype=torch.float64, device="cpu")
+        self._gather_setup(every, torch.tensor(found, dtype=torch.float64, device="cpu"))
         latency, per_byte = every.amax(dim=0).tolist()
         return Link(latency, 1 / per_byte)
 

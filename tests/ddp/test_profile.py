@@ -16,6 +16,8 @@ from support.training import SIZES, Fed, gradient_step, integers, wrap
 
 EXPERIMENTAL = torch._C._profiler._ExperimentalConfig
 ALL_THREADS = "profile_all_threads" in (EXPERIMENTAL.__init__.__doc__ or "")
+PHASES = ("select", "code", "wire", "commit", "check", "wait")
+STAGES = ("compensate", "encode", "exchange", "decode", "merge", "all_gather", "settle", "mean")
 
 
 def profiled(rank: int, size: int, everything: bool) -> tuple[dict[str, int], int]:
@@ -43,9 +45,10 @@ def test_a_profile_of_all_threads_names_steps_units_and_phases() -> None:
             assert seen[f"sparcomm::unit {unit} spardl"] == 2
         assert seen["sparcomm::commit"] == 2
         assert seen["sparcomm::check"] == 2  # before and after the unit that is looked at
-        assert {f"sparcomm::{phase}" for phase in ("select", "code", "wire", "wait")} <= set(seen)
+        assert {f"sparcomm::{phase}" for phase in PHASES} <= set(seen)
         kinds = {re.sub(r"\d+", "N", name.removeprefix("sparcomm::")) for name in seen}
-        assert kinds <= {"step N", "unit N spardl", "bucket N", *["select", "code", "wire", "commit", "check", "wait"]}
+        assert kinds <= {"step N", "unit N spardl", "bucket N", *PHASES, *STAGES, "all_to_all", "all_reduce"}
+        assert set(STAGES) <= kinds
 
 
 def test_an_ordinary_profile_shows_the_thread_that_calls_backward() -> None:

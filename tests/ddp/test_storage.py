@@ -278,3 +278,21 @@ def test_the_ratio_of_learning_rates_is_limited() -> None:
     near, far = (imbalance(pool(2).run(displaced, {"lr_aware": limit}, rates)) for limit in (100.0, 10.0))
     assert near < 1e-5
     assert far > 0.1
+
+
+@pytest.mark.parametrize("good", [False, True])
+@pytest.mark.parametrize(("new", "old"), [("a", "b"), ("a", None), (None, "b"), (None, None), ("a", "a")])
+def test_a_device_chooses_what_is_committed(good: bool, new: str | None, old: str | None) -> None:
+    made = {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([3.0, 4.0])}
+    wanted = new if good else old
+    want = torch.zeros(2) if wanted is None else made[wanted].clone()
+    chosen = Storage().select(torch.tensor(good), made.get(new or ""), made.get(old or ""))
+    assert (torch.zeros(2) if chosen is None else chosen).tolist() == want.tolist()
+
+
+def test_what_is_committed_may_be_narrower_than_what_was_loaded() -> None:
+    for good, want in ((True, 1.5), (False, 1.0)):
+        new, old = torch.tensor([1.5], dtype=torch.bfloat16), torch.tensor([1.0 + 2**-12])
+        chosen = Storage("bfloat16").select(torch.tensor(good), new, old)
+        assert chosen is new
+        assert chosen.item() == want

@@ -110,10 +110,10 @@ def test_union_of_many(name: str, data: st.DataObject, count: int, size: int) ->
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("size", [255, 256, 257, 1000])
-def test_union_of_long_rows(size: int, count: int) -> None:
+def test_union_of_long_rows(kernels: Any, size: int, count: int) -> None:
     rows = as_payloads(random_words(count, size) & random_words(count, size, seed=1))
     outs = [poisoned(size) for _ in range(2)]
-    cpu.unite(rows, outs[0])
+    kernels.unite(rows, outs[0])
     reference.unite(rows, outs[1])
     assert torch.equal(*outs)
 
@@ -140,11 +140,11 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("offset", [1, 3])
-def test_vectors_may_begin_anywhere(offset: int) -> None:
+def test_vectors_may_begin_anywhere(kernels: Any, offset: int) -> None:
     x = data("special", 500, FLOAT32)[offset:]
     mask = (data("normal", 500, FLOAT32) > 0)[offset:]
     outs = [bitmap_for(x.numel()) for _ in range(4)]
-    for k, packed, support in ((cpu, outs[0], outs[1]), (reference, outs[2], outs[3])):
+    for k, packed, support in ((kernels, outs[0], outs[1]), (reference, outs[2], outs[3])):
         k.pack(mask, packed)
         k.support(x, 1, support)
     assert torch.equal(outs[0], outs[2])

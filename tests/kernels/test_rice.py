@@ -56,7 +56,7 @@ def test_round_trip_of_any_indices(data: st.DataObject) -> None:
     k, m = data.draw(sizes(1 << 50))
     index = data.draw(index_sets(k, m))
     words = [encode(kernels, "rice", index, m) for kernels in IMPLEMENTATIONS.values()]
-    assert torch.equal(words[0], words[1])
+    assert all(torch.equal(words[0], other) for other in words[1:])
     assert check_any_words("rice", words[0], k, m) == 0
     assert torch.equal(decode(cpu, "rice", words[0], k, m)[0], index)
 
@@ -83,6 +83,20 @@ def test_a_longer_code_of_the_same_indices_is_refused() -> None:
     bits = format(3, "06b")[::-1] + "".join(format(g % 8, "03b")[::-1] for g in (1, 1, 1)) + "111"
     words = torch.tensor([int(bits[::-1], 2)], dtype=torch.int32)
     assert check_any_words("rice", words, 3, 100) == wire.DAMAGED
+
+
+def test_a_word_too_many_and_an_index_too_large_are_refused() -> None:
+    k, m = 40, 1000
+    index = torch.arange(k)
+    words = encode(cpu, "rice", index, m)
+    assert words.numel() < wire.rice_words(k, m)
+    assert check_any_words("rice", words, k, m) == 0
+    assert check_any_words("rice", torch.cat([words, words.new_zeros(1)]), k, m) == wire.DAMAGED
+    index[-1] = m
+    words = encode(cpu, "rice", index, m + 1)
+    assert words.numel() <= wire.rice_words(k, m)
+    assert check_any_words("rice", words, k, m + 1) == 0
+    assert check_any_words("rice", words, k, m) == wire.DAMAGED
 
 
 @pytest.mark.parametrize("density", [1e-4, 1e-3, 0.01, 0.1, 0.2])

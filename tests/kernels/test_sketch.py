@@ -13,11 +13,12 @@ from torch import Tensor
 
 from sparcomm.errors import SparcommError
 from sparcomm.kernels import cpu, reference
-from support.kernels import WORKING, data, same
+from support.kernels import IMPLEMENTATIONS, WORKING, data, same
 from support.sketches import hashed, integers, keys, table_of
 
 SEED = 7
 WAYS = ("median", "mean", "projection")
+COMPILED = [kernels for kernels in IMPLEMENTATIONS.values() if kernels is not reference]
 EDGES = torch.tensor([0, 1, 2, (1 << 16) - 1, 1 << 31, (1 << 32) - 2, (1 << 32) - 1])
 
 
@@ -84,20 +85,20 @@ def key0() -> Tensor:
     dtype=st.sampled_from(WORKING),
 )
 @settings(max_examples=60, deadline=None)
-def test_the_same_bits_from_both(
+def test_the_same_bits_from_all(
     k: int, width: int, rows: int, columns: int, seed: int, kind: str, dtype: torch.dtype
 ) -> None:
     key, value = keys(k, seed), data(kind, k * width, dtype, seed & 0xFF)
-    (ours, counts), (specified, other) = (
-        table_of(kernels, key, value, width, rows, columns, seed) for kernels in (cpu, reference)
-    )
-    assert same(ours, specified)
-    assert torch.equal(counts, other)
+    ours, counts = table_of(reference, key, value, width, rows, columns, seed)
+    for kernels in COMPILED:
+        made, others = table_of(kernels, key, value, width, rows, columns, seed)
+        assert same(made, ours)
+        assert torch.equal(others, counts)
     counts[torch.arange(counts.numel()).view_as(counts) % 5 == 0] -= 1  # some of them 0 or less
     for how in WAYS:
         shared = counts if how == "projection" else None
-        answers = [kernels.estimate(ours, key, width, seed, shared, how) for kernels in (cpu, reference)]
-        assert same(*answers)
+        answers = [kernels.estimate(ours, key, width, seed, shared, how) for kernels in IMPLEMENTATIONS.values()]
+        assert all(same(answer, answers[0]) for answer in answers)
         assert answers[0].shape == (k * width,)
 
 
@@ -110,20 +111,19 @@ def test_the_same_bits_from_both(
     rubbish=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
-def test_peeling_gives_the_same_bits_from_both(
+def test_peeling_gives_the_same_bits_from_all(
     k: int, width: int, rows: int, ratio: float, seed: int, rubbish: bool
 ) -> None:
     key, columns = keys(k, seed), max(1, int(k * ratio / rows))
-    tables = [table_of(kernels, key, integers(k * width), width, rows, columns, seed) for kernels in (cpu, reference)]
-    assert same(tables[0][0], tables[1][0])
+    every = IMPLEMENTATIONS.values()
+    tables = [table_of(kernels, key, integers(k * width), width, rows, columns, seed) for kernels in every]
+    assert all(same(table, tables[0][0]) for table, _ in tables)
     if rubbish:  # a table that was damaged on its way
         for table, _ in tables:
             table.copy_(integers(table.numel(), 1).view_as(table))
-    results = [
-        kernels.peel(*peeled(pair, key, width, seed)) for kernels, pair in zip((cpu, reference), tables, strict=True)
-    ]
-    for ours, specified in zip((*results[0], *tables[0]), (*results[1], *tables[1]), strict=True):
-        assert same(ours, specified)
+    results = [kernels.peel(*peeled(pair, key, width, seed)) for kernels, pair in zip(every, tables, strict=True)]
+    for result, pair in zip(results[1:], tables[1:], strict=True):
+        assert all(map(same, (*result, *pair), (*results[0], *tables[0])))
 
 
 def peeled(pair: tuple[Tensor, Tensor], key: Tensor, width: int, seed: int) -> tuple[Any, ...]:
@@ -327,7 +327,7 @@ def test_no_key_and_one_key(kernels: Any) -> None:
 def test_false_counts_do_no_harm(k: int, columns: int, rows: int, seed: int, span: int) -> None:
     key = keys(k, seed)
     g = torch.Generator().manual_seed(seed)
-    for kernels in (cpu, reference):
+    for kernels in IMPLEMENTATIONS.values():
         around = torch.full((3, rows * columns), 99, dtype=torch.int32)  # that nothing around is touched
         table, counts = around[1].view(rows, columns), integers(rows * columns, seed).view(rows, columns)
         table.copy_(integers(rows * columns, seed + 1).view(rows, columns))
@@ -364,15 +364,14 @@ def test_fixed_point_by_hand(kernels: Any, dtype: torch.dtype) -> None:
 @settings(max_examples=150, deadline=None)
 def test_fixed_point_of_anything(values: list[float], exponent: int, limit: int, dtype: torch.dtype) -> None:
     value = torch.tensor(values, dtype=dtype)
-    outs = [torch.empty(len(values), dtype=torch.int32) for _ in range(2)]
-    beyond = [
-        kernels.to_fixed(value, exponent, limit, out) for kernels, out in zip((cpu, reference), outs, strict=True)
-    ]
-    assert same(*outs)
-    assert same(*beyond)
+    every = IMPLEMENTATIONS.values()
+    outs = [torch.empty(len(values), dtype=torch.int32) for _ in every]
+    beyond = [kernels.to_fixed(value, exponent, limit, out) for kernels, out in zip(every, outs, strict=True)]
+    assert all(same(out, outs[0]) for out in outs)
+    assert all(same(answer, beyond[0]) for answer in beyond)
     assert bool((outs[0].to(torch.int64).abs() <= limit).all())
-    back = [kernels.from_fixed(outs[0], exponent, dtype) for kernels in (cpu, reference)]
-    assert same(*back)
+    back = [kernels.from_fixed(outs[0], exponent, dtype) for kernels in every]
+    assert all(same(answer, back[0]) for answer in back)
     if not bool(beyond[0]):
         assert bool(((back[0].double() - value.double()).abs() <= math.ldexp(0.5, exponent)).all())
 

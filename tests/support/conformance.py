@@ -1,4 +1,7 @@
-"""What every transport must do: functions of one rank's transport, which all ranks of a group run together."""
+"""What every transport must do: functions of one rank's transport, which all ranks of a group run together.
+
+Tensors lie on PyTorch's default device: ``with torch.device("cuda"):`` runs them there.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,16 @@ DTYPES = (*FLOATS, *INTEGERS, torch.bool, torch.uint16, torch.complex64)
 
 def sample(n: int, dtype: torch.dtype, rank: int) -> Tensor:
     """Random bits of any dtype that are valid values of it, different on every rank, the same on every call."""
-    noise = torch.randint(0, 100, (n,), generator=torch.Generator().manual_seed(1000 * n + rank))
-    return (noise > 50) if dtype == torch.bool else noise.to(dtype)
+    noise = torch.randint(0, 100, (n,), generator=torch.Generator().manual_seed(1000 * n + rank), device="cpu")
+    return ((noise > 50) if dtype == torch.bool else noise.to(dtype)).to(torch.get_default_device())
 
 
 def floats(n: int, dtype: torch.dtype, rank: int) -> Tensor:
     """Values whose sum depends on the order of additions."""
     generator = torch.Generator().manual_seed(rank)
-    scale = 10.0 ** torch.randint(-3, 4, (n,), generator=generator)
-    return (torch.randn(n, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    scale = 10.0 ** torch.randint(-3, 4, (n,), generator=generator, device="cpu")
+    drawn = torch.randn(n, generator=generator, dtype=torch.float64, device="cpu") * scale
+    return drawn.to(dtype).to(torch.get_default_device())
 
 
 def bits(t: Tensor) -> bytes:
@@ -37,7 +41,7 @@ def bits(t: Tensor) -> bytes:
 
 def rows(t: BaseTransport, make: Callable[[int], Tensor]) -> Tensor:
     """What every rank made, by rank."""
-    return torch.stack([make(r) for r in range(t.size)])
+    return torch.stack([make(r).cpu() for r in range(t.size)])
 
 
 def booked(t: BaseTransport, call: Callable[[], None]) -> tuple[int, ...]:
@@ -111,7 +115,7 @@ def check_all_to_all(t: BaseTransport) -> None:
         for width in (0, 1, 7):
             x, out = sample(t.size * width, dtype, t.rank).view(t.size, width), torch.empty(t.size, width, dtype=dtype)
             t.all_to_all(out, x)
-            want = [sample(t.size * width, dtype, r).view(t.size, width)[t.rank] for r in range(t.size)]
+            want = [sample(t.size * width, dtype, r).view(t.size, width)[t.rank].cpu() for r in range(t.size)]
             assert bits(out) == bits(torch.stack(want)), (dtype, width)
             assert bits(x) == bits(sample(t.size * width, dtype, t.rank))
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparcomm.kernels import cpu, reference
+from sparcomm.kernels import cpu, cuda, reference
 from sparcomm.layout import Layout, contiguous, dealt, whole
+from support import emulator
+from support.on_device import OnDevice
 
-IMPLEMENTATIONS = {"reference": reference, "cpu": cpu}
+IMPLEMENTATIONS: dict[str, Any] = {"reference": reference, "cpu": cpu}
+if emulator.available():
+    IMPLEMENTATIONS["text"] = cuda  # the CUDA text, on CPU tensors
+if torch.cuda.is_available():
+    # tests/conftest.py marks tests by these names.
+    IMPLEMENTATIONS["reference-gpu"], IMPLEMENTATIONS["gpu"] = (OnDevice(m, "cuda") for m in (reference, cuda))
 WORKING = (torch.float32, torch.float64)
 GRADIENTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SIZES = (0, 1, 31, 32, 33, 500, 5000)

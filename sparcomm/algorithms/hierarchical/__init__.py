@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from sparcomm import layout, wire
-from sparcomm.algorithms.base import Algorithm, Cost, Part, Reduced, State, field_kinds, registry
+from sparcomm.algorithms.base import Algorithm, Cost, Part, Reduced, State, field_kinds, positions, registry
 from sparcomm.algorithms.base import write_out as written
 from sparcomm.algorithms.hierarchical.levels import HierarchicalState, Levels
 from sparcomm.codecs.packet import Packet
@@ -299,6 +299,7 @@ class _Run:
 
     def sent(self, inner: Tensor | None, outer: Tensor | None) -> Tensor | None:
         """Positions whose mass left by ``inner`` (None: all) and is in the sum of its slice."""
+        inner, outer = positions(inner), positions(outer)
         if outer is None:
             return inner
         found: list[Tensor] = []

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from sparcomm import wire
-from sparcomm.algorithms.base import Part
+from sparcomm.algorithms.base import Part, sent_at
 from sparcomm.algorithms.spardl.schedule import Scheme, log_schedule
 from sparcomm.algorithms.spardl.width import SparDLState
+from sparcomm.clock import Range
 from sparcomm.codecs.packet import Packet
 from sparcomm.collectives.bags import Bags
 from sparcomm.collectives.groups import split_once
@@ -138,9 +139,10 @@ class Run:
             packet = self.packet(len(blocks))
             share = packet.k // len(blocks)
             index, value = self.decode(packet, bag, source)
-            for at, b in enumerate(blocks):
-                part = slice(at * share, (at + 1) * share)
-                self.kernels.merge(self.work, b, index[part] - at * self.cut.length if at else index[part], value[part])
+            with Range("merge"):
+                for at, b in enumerate(blocks):
+                    part, start = slice(at * share, (at + 1) * share), at * self.cut.length
+                    self.kernels.merge(self.work, b, index[part] - start if at else index[part], value[part])
 
     def scatter_log(self) -> None:
         """Spar-Reduce-Scatter in ceil(log2 N) rounds of one bag each way."""
@@ -210,29 +212,30 @@ class Run:
         covers what intermediate ranks had merged there. Inside it, a rank keeps what it did not pass on.
         """
         rule = self.algorithm.residuals
-        for b, keep in enumerate(final):
-            chosen = self.chosen[b]
-            assert chosen is not None  # every block is sent once, or owned
-            if rule != "global":  # nobody keeps what others had sent and was dropped on the way
-                keep = chosen if rule == "local" else chosen[torch.isin(chosen, keep, assume_unique=True)]
-            self.kernels.settle(self.work, b, keep)
+        with Range("settle"):
+            for b, keep in enumerate(final):
+                chosen = self.chosen[b]
+                assert chosen is not None  # every block is sent once, or owned
+                if rule != "global":  # nobody keeps what others had sent and was dropped on the way
+                    keep = chosen if rule == "local" else chosen[torch.isin(chosen, keep, assume_unique=True)]
+                self.kernels.settle(self.work, b, keep)
 
     def sent(self, final: list[Tensor]) -> Tensor:
-        """Sorted global positions whose own mass left this rank for good."""
-        parts: list[Tensor] = []
+        """``Reduced.sent``: the global positions whose own mass left this rank for good."""
+        index, where = list[Tensor](), list[Tensor]()
         for b, keep in enumerate(final):
             chosen, value = self.chosen[b], self.values[b]
             assert chosen is not None
             assert value is not None
-            local = chosen[value != 0]  # a zero takes nothing away, be it rounded or a selector's filler
+            left = value != 0  # a zero takes nothing away, be it rounded or a selector's filler
             if self.algorithm.residuals != "local":
-                local = local[torch.isin(local, keep, assume_unique=True)]
+                left &= torch.isin(chosen, keep, assume_unique=True)
             if b == self.team.rank:
                 for back in self.dropped:
-                    local = local[torch.isin(local, back, assume_unique=True, invert=True)]
-            parts.append(self.cut.to_global(local, b))
-        index = torch.cat(parts)
-        return index[index < self.cut.numel].sort().values  # without padding
+                    left &= torch.isin(chosen, back, assume_unique=True, invert=True)
+            index.append(self.cut.to_global(chosen, b))
+            where.append(left)
+        return sent_at(torch.cat(index), torch.cat(where), self.cut.numel)
 
 
 def _groups(transport: Transport, teams: int) -> tuple[Transport, Transport | None]:

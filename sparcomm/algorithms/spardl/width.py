@@ -29,7 +29,7 @@ from sparcomm.selectors import Memo
 
 def no_union() -> Tensor:
     """() int64 zero: nothing measured yet."""
-    return torch.zeros((), dtype=torch.int64)
+    return torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 @dataclass

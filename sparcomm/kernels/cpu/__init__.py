@@ -19,6 +19,7 @@ from sparcomm import wire
 from sparcomm.dtypes import working_dtype
 from sparcomm.errors import SparcommError
 from sparcomm.kernels.checks import check_code, check_rice, check_rounding, check_scales
+from sparcomm.kernels.checks_sums import check_block, check_floor, check_k, check_length, check_pair, check_sample
 from sparcomm.kernels.cpu import _code, _compensate, _parts, _quantize, _rice, _round, _select, _sparse, working
 from sparcomm.kernels.cpu._arrays import array as _array
 from sparcomm.kernels.cpu._arrays import bits as _bits
@@ -40,17 +41,18 @@ from sparcomm.kernels.cpu.bitmaps import (
 )
 from sparcomm.kernels.cpu.sketches import estimate, from_fixed, occupancy, peel, sketch, to_fixed
 from sparcomm.kernels.cpu.working import CHANGED, SIGNED, Lists
+from sparcomm.kernels.gauss import gaussian
 from sparcomm.kernels.interface import Working
 from sparcomm.layout import Layout
 from sparcomm.sparse import Sparse
 
 __all__ = [
     "above", "absolute_sum", "add", "add_signs", "bitmap_decode", "bitmap_encode", "checksum", "compensate",
-    "count_above", "deduct", "dequantize", "elias_fano_decode", "elias_fano_encode", "estimate", "expand",
-    "from_fixed", "gather", "merge", "merge_sum", "narrow", "occupancy", "ones", "pack", "pack_signs", "peel",
-    "popcount", "prefix", "quantize", "rank", "rice_decode", "rice_encode", "round_stochastic", "sample", "scatter",
-    "select", "settle", "sketch", "spread_signs", "subtract", "support", "survey", "to_fixed", "top", "unite",
-    "unpack", "vote", "widen",
+    "count_above", "deduct", "dequantize", "elias_fano_decode", "elias_fano_encode", "estimate", "expand", "from_fixed",
+    "gather", "gaussian", "merge", "merge_sum", "narrow", "occupancy", "ones", "pack", "pack_signs", "peel", "popcount",
+    "prefix", "quantize", "rank", "rice_decode", "rice_encode", "round_stochastic", "sample", "scatter", "select",
+    "settle", "sketch", "spread_signs", "subtract", "support", "survey", "to_fixed", "top", "unite", "unpack", "vote",
+    "widen",
 ]  # fmt: skip
 ONE = np.zeros((1, 1), np.int64)  # the slots of a vector that is one block
 _NARROW = {
@@ -70,7 +72,7 @@ def compensate(
     floor: Tensor | None = None,
 ) -> Working:
     """Writes grad + residual, and lists what is likely to be selected."""
-    _check_length(layout, grad, residual, out)
+    check_length(layout, grad, residual, out)
     work = _work(out, layout, flags, floor, writable=True)
     work.fill(_array(grad), None if residual is None else _array(residual), layout.owner.numpy(), k)
     return work
@@ -78,7 +80,7 @@ def compensate(
 
 def survey(x: Tensor, layout: Layout, k: int, flags: Tensor, floor: Tensor | None = None) -> Working:
     """Lists what is likely to be selected."""
-    _check_length(layout, x)
+    check_length(layout, x)
     work = _work(x, layout, flags, floor, writable=False)
     work.fill(work.x, None, layout.owner.numpy(), k)
     return work
@@ -87,7 +89,7 @@ def survey(x: Tensor, layout: Layout, k: int, flags: Tensor, floor: Tensor | Non
 def select(work: Working, block: int, k: int) -> tuple[Tensor, Tensor]:
     """Positions and sums of the k largest magnitudes."""
     lists = _lists(work, block)
-    _check_k("select", k, work.layout.length)
+    check_k("select", k, work.layout.length)
     index, value = lists.select(block, k)
     return torch.from_numpy(index), torch.from_numpy(value)
 
@@ -100,14 +102,14 @@ def count_above(work: Working, block: int, threshold: float) -> int:
 def above(work: Working, block: int, threshold: float, k: int) -> tuple[Tensor, Tensor]:
     """The first k above the threshold, then the first others."""
     lists = _lists(work, block)
-    _check_k("above", k, work.layout.length)
+    check_k("above", k, work.layout.length)
     index, value = lists.above(block, threshold, k)
     return torch.from_numpy(index), torch.from_numpy(value)
 
 
 def merge(work: Working, block: int, index: Tensor, value: Tensor) -> None:
     """Adds to the sums."""
-    _check_pair(index, value)
+    check_pair(index, value)
     _lists(work, block).merge(block, _array(index), _array(value))
 
 
@@ -123,8 +125,8 @@ def settle(work: Working, block: int, index: Tensor) -> None:
 
 def top(index: Tensor, value: Tensor, k: int) -> Tensor:
     """Places of the k largest magnitudes."""
-    _check_pair(index, value)
-    _check_k("top", k, value.numel())
+    check_pair(index, value)
+    check_k("top", k, value.numel())
     out = np.empty(k, np.int64)
     if not _select.top_places(_bits(value), out):
         raise SparcommError(CHANGED)
@@ -133,10 +135,8 @@ def top(index: Tensor, value: Tensor, k: int) -> Tensor:
 
 def sample(grad: Tensor, residual: Tensor | None, count: int) -> Tensor:
     """One element of each share."""
-    n, x = grad.numel(), grad if residual is None else residual
-    if count < 1 or count & (count - 1) or grad.dim() != 1 or x.shape != grad.shape:
-        shapes = " and ".join(str(tuple(t.shape)) for t in (grad, residual) if t is not None)
-        raise SparcommError(f"count={count} of {shapes}: must be a power of two, of flat vectors of one shape")
+    check_sample(grad, residual, count)
+    n = grad.numel()
     if n <= count:
         widened = grad.to(working_dtype(grad.dtype), copy=True)
         return widened if residual is None else widened.add_(residual)
@@ -154,29 +154,29 @@ def gather(x: Tensor, index: Tensor, layout: Layout, block: int) -> Tensor:
 
 def subtract(x: Tensor, index: Tensor, value: Tensor, layout: Layout, block: int) -> None:
     """x[index] -= value."""
-    _check_pair(index, value)
+    check_pair(index, value)
     _sparse.subtract(_array(x), _place(x, index, layout, block), _array(value))
 
 
 def add(x: Tensor, index: Tensor, value: Tensor, layout: Layout, block: int, flags: Tensor) -> None:
     """x[index] += value."""
-    _check_pair(index, value)
+    check_pair(index, value)
     _sparse.add(_array(x), _place(x, index, layout, block), _array(value), _array(flags))
 
 
 def scatter(out: Tensor, index: Tensor, value: Tensor, layout: Layout, block: int) -> None:
     """out[index] = value."""
-    _check_pair(index, value)
+    check_pair(index, value)
     _sparse.scatter(_array(out), _place(out, index, layout, block), _array(value))
 
 
 def expand(out: Tensor, index: Sequence[Tensor], value: Sequence[Tensor], layout: Layout) -> None:
     """Writes all of out."""
-    _check_length(layout, out)
+    check_length(layout, out)
     if not len(index) == len(value) == layout.blocks:
         raise SparcommError(f"{len(index)} and {len(value)} lists for {layout.blocks} blocks")
     for i, v in zip(index, value, strict=True):
-        _check_pair(i, v)
+        check_pair(i, v)
     bounds = np.array([0, *itertools.accumulate(i.numel() for i in index)])
     joined = [t[0] if len(t) == 1 else torch.cat(list(t)) for t in (index, value)]
     target, owner = _bits(out), layout.owner.numpy()
@@ -188,8 +188,8 @@ def expand(out: Tensor, index: Sequence[Tensor], value: Sequence[Tensor], layout
 
 def merge_sum(a: Sparse, b: Sparse) -> Sparse:
     """The sum of two sparse vectors."""
-    _check_pair(a.index, a.value)
-    _check_pair(b.index, b.value)
+    check_pair(a.index, a.value)
+    check_pair(b.index, b.value)
     room = a.index.numel() + b.index.numel()
     index, value = a.index.new_empty(room), a.value.new_empty(room)
     lists = (_array(t) for t in (a.index, a.value, b.index, b.value, index, value))
@@ -273,7 +273,7 @@ def dequantize(scale: Tensor, code: Tensor, dtype: torch.dtype, flags: Tensor) -
 
 def narrow(value: Tensor, out: Tensor) -> Tensor:
     """Casts to the wire dtype, saturating; returns what a receiver reads."""
-    _check_pair(value, out)
+    check_pair(value, out)
     decoded = torch.empty_like(value)
     _NARROW[out.dtype](_array(value), _array(out), _array(decoded))
     return decoded
@@ -303,55 +303,22 @@ def _work(out: Tensor, layout: Layout, flags: Tensor, floor: Tensor | None, *, w
         raise SparcommError(f"sums in {out.dtype}: must be float32 or float64")
     x = _array(out)
     bits = x.view(SIGNED[x.dtype])
-    if floor is None:
-        floors = np.full(layout.blocks, -1, bits.dtype)
-    elif floor.dtype != out.dtype or floor.shape != (layout.blocks,):
-        raise SparcommError(
-            f"floor is {floor.dtype}{list(floor.shape)}: must be {out.dtype}[{layout.blocks}], one magnitude a block"
-        )
-    else:
-        floors = _array(floor).copy().view(bits.dtype)
+    check_floor(floor, out, layout)
+    floors = np.full(layout.blocks, -1, bits.dtype) if floor is None else _array(floor).copy().view(bits.dtype)
     return Lists(out, layout, x, _array(flags), layout.slot.numpy(), floors, writable, bits)
 
 
 def _lists(work: Working, block: int) -> Lists:
-    _check_block(work.layout, block)
+    check_block(work.layout, block)
     if not isinstance(work, Lists):
         raise SparcommError(f"{type(work).__name__} was not made by this implementation's compensate")
     return work
 
 
 def _place(x: Tensor, index: Tensor, layout: Layout, block: int) -> Any:
-    _check_length(layout, x)
-    _check_block(layout, block)
+    check_length(layout, x)
+    check_block(layout, block)
     return _sparse.place(_array(index), layout.slot.numpy(), block, layout.tile, layout.numel)
-
-
-# Compiled loops do not check bounds: these checks are what makes every access above a safe one.
-
-
-def _check_length(layout: Layout, *vectors: Tensor | None) -> None:
-    for vector in vectors:
-        if vector is not None and not (vector.shape == (layout.numel,) and vector.is_contiguous()):
-            raise SparcommError(
-                f"a vector of shape {tuple(vector.shape)}, stride {vector.stride()} in a layout of {layout.numel} "
-                "elements: must be flat and contiguous, of just that length"
-            )
-
-
-def _check_block(layout: Layout, block: int) -> None:
-    if not 0 <= block < layout.blocks:
-        raise SparcommError(f"block={block} must be in [0, {layout.blocks})")
-
-
-def _check_k(what: str, k: int, length: int) -> None:
-    if not 0 <= k <= length:
-        raise SparcommError(f"{what}: k={k} must be in [0, {length}], as many as there are")
-
-
-def _check_pair(index: Tensor, value: Tensor) -> None:
-    if index.shape != value.shape:
-        raise SparcommError(f"shapes {tuple(index.shape)} and {tuple(value.shape)} must be equal")
 
 
 def _disorder(m: int) -> SparcommError:

@@ -10,12 +10,7 @@ its default threading layer; where a rank has several cores, _parts.py runs a ke
 
 from __future__ import annotations
 
-import functools
-import os
-import stat
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import numba
@@ -24,6 +19,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import config
 from numba.extending import intrinsic, overload
+
+from sparcomm.kernels.folder import fallback_folder
 
 # Elements per step of a walk through a block: few enough to be still in the nearest cache when looked at again, and
 # to be fetched ahead of time without driving out what is in use.
@@ -45,23 +42,6 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
             return numba.njit(function, **options)
         finally:
             settings.CACHE_DIR = usual
-
-
-@functools.cache
-def fallback_folder() -> Path:
-    """A folder for compiled kernels under the temporary folder, shared by the ranks of this user on this host.
-
-    Cached kernels are executed, so a folder that anybody else could have written to is never used.
-    """
-    shared = Path(tempfile.gettempdir()) / f"sparcomm-kernels-{os.getuid()}"
-    try:
-        shared.mkdir(mode=0o700, exist_ok=True)
-        found = shared.lstat()
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
-            return shared
-    except OSError:  # it is a file, or a link to nowhere
-        pass
-    return Path(tempfile.mkdtemp(prefix="sparcomm-kernels-"))
 
 
 def _load64(context, array, place):

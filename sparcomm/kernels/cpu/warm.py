@@ -11,7 +11,7 @@ import torch
 from sparcomm import wire
 from sparcomm.dtypes import GRADIENT_DTYPES, WIRE_DTYPES, working_dtype
 from sparcomm.kernels import cpu
-from sparcomm.kernels.cpu._jit import fallback_folder
+from sparcomm.kernels.folder import fallback_folder
 from sparcomm.layout import dealt
 from sparcomm.sparse import Sparse
 
@@ -23,7 +23,7 @@ def lock_file() -> Path:
 
 def warm_up() -> None:
     """Calls every kernel once per dtype, under a file lock: whoever comes second finds them in the disk cache."""
-    with lock_file().open("w") as lock:
+    with lock_file().open("w") as lock, torch.device("cpu"):  # whatever PyTorch's default device is
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, or its process dies
         for dtype in GRADIENT_DTYPES:
             _gradient_kernels(dtype)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sparcomm.errors import ConfigError, PeerError
 from sparcomm.transport.base import Op
-from sparcomm.transport.common import BaseTransport, Call, Shared, nbytes
+from sparcomm.transport.common import BaseTransport, Call, Shared
 from sparcomm.transport.torchdist.groups import (
     NEVER_SENT,
     Links,
@@ -35,6 +35,7 @@ from sparcomm.transport.torchdist.groups import (
     make_links,
     usable,
 )
+from sparcomm.transport.torchdist.staging import Staging, as_bytes
 
 TIMEOUT = timedelta(minutes=5)
 T = TypeVar("T")
@@ -91,7 +92,7 @@ class TorchTransport(BaseTransport):
         self._device = torch.device(device) if device is not None else None
         self._timeout = as_timedelta(timeout)
         self._process = os.getpid()
-        self._hosts: dict[str, Tensor] = {}
+        self._staging = Staging()
         self._staged: set[str] = set()  # device types known to go through the host
         # All that share this rank's fate: abort ends them together.
         self._family: list[TorchTransport] = seat.family
@@ -135,22 +136,22 @@ class TorchTransport(BaseTransport):
         backend, name, staged = self._route_for(device)
         if capacity and name == "nccl":
             raise ConfigError("exchange(capacity=True) is not possible on NCCL: choose sizes that do not vary")
-        out = None if send is None else self._outgoing("send", send, staged)
-        into = None if recv is None else self._incoming("recv", recv, staged, keep=capacity)
+        out = None if send is None else self._outgoing(send, staged)
+        into = None if recv is None else self._incoming(recv, staged, keep=capacity)
         if name == "nccl":
             self._batched(backend, device, out, to, into, source, tag)
         else:
             self._p2p(backend, out, to, into, source, tag)
         if staged and recv is not None and into is not None:
-            as_bytes(recv).copy_(into)
+            self._staging.back("recv", recv, into)
 
     def _all_to_all(self, out: Tensor, x: Tensor, tag: int) -> None:
         backend, _, staged = self._route_for(x.device)
-        sent, got = self._outgoing("send", x, staged), self._incoming("recv", out, staged)
+        sent, got = self._outgoing(x, staged), self._incoming(out, staged)
         peers = f"ranks {[i for i in range(self.size) if i != self.rank]}"
         self._wait(self._guard(lambda: backend.alltoall_base(got, sent, [], []), peers, tag), peers, tag)
         if staged:
-            as_bytes(out).copy_(got)
+            self._staging.back("recv", out, got)
 
     def _native_all_reduce(self, x: Tensor, op: Op) -> None:
         backend, _, staged = self._route_for(x.device)
@@ -158,11 +159,11 @@ class TorchTransport(BaseTransport):
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp(dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
         flat = x.detach().view(-1)
-        host = self._outgoing("send", x, True).view(x.dtype) if staged else flat
+        host = self._outgoing(flat, True).view(x.dtype) if staged else flat
         self._tag += 1
         self._wait(self._guard(lambda: backend.allreduce([host], options), peers, self._tag), peers, self._tag)
         if staged:
-            flat.copy_(host)
+            self._staging.back("send", flat, host.view(torch.uint8))
 
     def _p2p(self, backend: Any, out: Tensor | None, to: int, into: Tensor | None, source: int, tag: int) -> None:
         """Posts the receive first, so that a message in flight finds its place, then sends, then waits for both."""
@@ -226,23 +227,15 @@ class TorchTransport(BaseTransport):
         self._staged.add(kind)
         return links.backends["cpu"], links.names["cpu"], True
 
-    def _outgoing(self, slot: str, t: Tensor, staged: bool) -> Tensor:
+    def _outgoing(self, t: Tensor, staged: bool) -> Tensor:
         """The bytes of ``t`` where the backend can read them."""
-        return self._host(slot, t).copy_(as_bytes(t)) if staged else as_bytes(t)
+        return self._staging.out("send", t) if staged else as_bytes(t)
 
-    def _incoming(self, slot: str, t: Tensor, staged: bool, *, keep: bool = False) -> Tensor:
+    def _incoming(self, t: Tensor, staged: bool, *, keep: bool = False) -> Tensor:
         """Bytes the backend can write for ``t``; with ``keep`` they start as its present ones."""
         if not staged:
             return as_bytes(t)
-        host = self._host(slot, t)
-        return host.copy_(as_bytes(t)) if keep else host
-
-    def _host(self, slot: str, like: Tensor) -> Tensor:
-        size, buffer = nbytes(like), self._hosts.get(slot)
-        if buffer is None or buffer.numel() < size:
-            pin = like.device.type == "cuda"
-            buffer = self._hosts[slot] = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
-        return buffer[:size]
+        return self._staging.out("recv", t) if keep else self._staging.room("recv", t)
 
     # ---- groups -----------------------------------------------------------------------------------------------
 
@@ -281,13 +274,15 @@ class TorchTransport(BaseTransport):
     def met(self) -> TorchTransport:
         """Returns when all ranks have the group: one that closed it earlier would make their connecting fail."""
         self.call = Call("making a group")
-        self._gather_setup(torch.empty((self.size, 1), dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8))
+        mine = torch.zeros(1, dtype=torch.uint8, device="cpu")
+        self._gather_setup(mine.new_empty((self.size, 1)), mine)
         return self
 
     def _agree(self) -> str:
         """A name that no group of this job has or ever had: rank 0's. Collective."""
-        numbers = torch.empty((self.size, 1), dtype=torch.int64)
-        self._gather_setup(numbers, torch.tensor([uuid.uuid4().int >> 65], dtype=torch.int64))
+        mine = torch.tensor([uuid.uuid4().int >> 65], dtype=torch.int64, device="cpu")
+        numbers = mine.new_empty((self.size, 1))
+        self._gather_setup(numbers, mine)
         return f"sparcomm/{int(numbers[0]):x}"
 
     def _die(self) -> None:
@@ -301,12 +296,7 @@ class TorchTransport(BaseTransport):
             return  # a fork, as of a data loader: the threads that would take part in the ending are not there
         super().close()
         self.links.close()
-        self._hosts.clear()
-
-
-def as_bytes(t: Tensor) -> Tensor:
-    """A contiguous tensor as (numel * element_size,) uint8, sharing memory: every backend moves bytes."""
-    return t.detach().view(-1).view(torch.uint8)
+        self._staging.clear()
 
 
 _open: weakref.WeakSet[TorchTransport] = weakref.WeakSet()

@@ -114,7 +114,7 @@ def make_links(name: str, rank: int, ranks: list[int], like: Links, timeout: tim
 
 def expire(backend: Any, peer: int) -> None:
     """Waits 1 ms for a message that never comes, upon which Gloo closes all connections of the group."""
-    backend.recv([torch.empty(1, dtype=torch.uint8)], peer, NEVER_SENT).wait(timedelta(milliseconds=1))
+    backend.recv([torch.empty(1, dtype=torch.uint8, device="cpu")], peer, NEVER_SENT).wait(timedelta(milliseconds=1))
 
 
 def quietly(call: Callable[[], object]) -> None:
