@@ -126,9 +126,10 @@ static std::mutex turn;
 SEEN const char* sparcomm_run(int kernel, void** args, watch::Range* tensors, int count, unsigned blocks,
                               unsigned long long seed) {{
     std::lock_guard<std::mutex> guard(turn);
+    static unsigned launches[{len(names)}];
     chosen = kernel;
     watch::tensors = tensors, watch::tensor_count = count;
-    return emulator::run(body, args, blocks, seed);
+    return emulator::run(body, args, blocks, seed, launches[kernel]++);
 }}
 """
     library = ctypes.CDLL(str(_built(text, source, options)))

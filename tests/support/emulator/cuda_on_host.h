@@ -249,14 +249,15 @@ extern "C" char __start_cuda_shared[], __stop_cuda_shared[];
 static __attribute__((section("cuda_shared"), used)) char something;  // so that the section exists
 
 // Runs one kernel to its end. Returns what went wrong, or null.
-UNWATCHED inline const char* run(void (*kernel)(void**), void** args, unsigned blocks, unsigned long long seed) {
+UNWATCHED inline const char* run(void (*kernel)(void**), void** args, unsigned blocks, unsigned long long seed,
+                                 unsigned launches_before) {
     static std::mutex one_at_a_time;
     std::lock_guard<std::mutex> guard(one_at_a_time);
     static char* stacks = (char*)mmap(nullptr, RESIDENT * BLOCK * STACK, PROT_READ | PROT_WRITE,
                                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     static Block* pool = new Block[RESIDENT];
     const size_t shared = __stop_cuda_shared - __start_cuda_shared;
-    watch::begin();
+    watch::begin(launches_before);
     watch::own = {(uintptr_t)stacks, (uintptr_t)stacks + RESIDENT * BLOCK * STACK};
     watch::shared = {(uintptr_t)__start_cuda_shared, (uintptr_t)__stop_cuda_shared};
     body = kernel, arguments = args, trouble = nullptr, randomness = seed * 0x9E3779B97F4A7C15ull + 1;
@@ -300,7 +301,7 @@ UNWATCHED inline const char* run(void (*kernel)(void**), void** args, unsigned b
                 if (f.state != READY && f.state != SPINNING) continue;
                 (f.state == READY ? ran : spun) = true;
                 current = &f;
-                watch::on = true;
+                watch::on = watch::looking;
                 sparcomm_switch(&scheduler, f.stack);
                 watch::on = false;
                 if (watch::found) trouble = watch::found;

@@ -4,7 +4,8 @@
 // barrier of the block, __syncwarp within a warp (no other warp intrinsic orders memory), or between blocks an atomic
 // operation behind __threadfence that is seen before another fence. A volatile access counts as atomic. Whoever comes
 // first is no excuse: races are found in whatever order threads ran. An access outside of the arguments' tensors, of
-// shared memory and of a thread's own is an error, too. Only the first accesses of a launch are looked at: PATIENT.
+// shared memory and of a thread's own is an error, too. Of a kernel's many launches only
+// some are looked at, and of these the first accesses; not all that was accessed is remembered.
 #pragma once
 #include <cstdint>
 #include <unordered_map>
@@ -24,17 +25,19 @@ struct Mark {
     bool atomic;
 };
 struct Cell {
+    uintptr_t place;
     unsigned launch;
     Mark write, read[2];  // the last ones; reads by two threads
 };
-const long PATIENT = 1 << 19;
-const uintptr_t WORDS = 1024;  // of a page
+const long PATIENT = 1 << 19;                // accesses
+const unsigned EAGER = 16, EVERY_SO_MANY = 8;  // launches
+const uintptr_t CELLS = 1 << 16;  // words that are remembered; of two with one cell the one that was touched last
 struct Range {
     uintptr_t begin, end;
 };
 typedef std::vector<unsigned> Clock;  // by block: epochs of it that came before
 
-inline bool on;  // while the text runs
+inline bool on, looking;  // while the text runs; in this launch
 inline unsigned launch;
 inline long accesses;
 inline const char* found;
@@ -42,10 +45,7 @@ inline char text[200];
 inline Range own, shared;  // fibers' stacks; shared memory, whose marks are each block's own
 inline Range* tensors;
 inline int tensor_count;
-inline std::unordered_map<uintptr_t, Cell*> pages;
-const uintptr_t NEAR_PAGES = 256;
-inline uintptr_t near_page[NEAR_PAGES];
-inline Cell* near_cells[NEAR_PAGES];
+inline Cell cells[CELLS];
 inline std::unordered_map<uintptr_t, Clock> released;
 inline std::unordered_map<unsigned, Clock> seen;  // by block
 Who now();                                        // whoever runs
@@ -82,23 +82,11 @@ UNWATCHED_INLINE inline bool clash(const Mark& m, const Who& w, unsigned char by
            !ordered(m, w);
 }
 
-UNWATCHED inline Cell* far_cells(uintptr_t page, uintptr_t near) {
-    Cell*& cells = pages[page];
-    if (!cells) cells = new Cell[WORDS]();
-    near_page[near] = page;
-    return near_cells[near] = cells;
-}
-UNWATCHED_INLINE inline Cell* cells_of(uintptr_t page) {
-    const uintptr_t near = (page ^ page >> 36) % NEAR_PAGES;
-    return near_page[near] == page ? near_cells[near] : far_cells(page, near);
-}
-
 UNWATCHED_INLINE inline void word(const Who& w, uintptr_t at, unsigned char bytes, bool write, bool atomic) {
-    const uintptr_t number = at / 4;
     // Blocks take turns in one piece of shared memory.
-    const uintptr_t place = at >= shared.begin && at < shared.end ? number + ((uintptr_t)(w.block + 1) << 46) : number;
-    Cell& cell = cells_of(place / WORDS)[place % WORDS];
-    if (cell.launch != launch) cell = Cell(), cell.launch = launch;
+    const uintptr_t block = at >= shared.begin && at < shared.end ? w.block + 1 : 0, place = at / 4 + (block << 46);
+    Cell& cell = cells[(place + (place >> 16) * 0x9E37 + block * 0x79B1) % CELLS];
+    if (cell.launch != launch || cell.place != place) cell = Cell{place, launch};
     if (clash(cell.write, w, bytes, atomic)) report("race", at, write, &cell.write);
     if (write)
         for (Mark& m : cell.read)
@@ -153,14 +141,10 @@ UNWATCHED inline void fence(std::vector<uintptr_t>& heard, unsigned blocks) {
     heard.clear();
 }
 
-UNWATCHED inline void begin() {
+UNWATCHED inline void begin(unsigned launches_before) {
+    looking = launches_before < EAGER || launches_before % EVERY_SO_MANY == 0;
     launch++, accesses = 0, found = nullptr;
     released.clear(), seen.clear();
-    if (pages.size() > 4096) {
-        for (auto& page : pages) delete[] page.second;
-        pages.clear();
-        std::memset(near_page, 0, sizeof near_page);
-    }
 }
 
 }  // namespace watch
