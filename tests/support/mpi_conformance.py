@@ -23,10 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparcomm
 from sparcomm.algorithms import registry
-from sparcomm.errors import ConfigError, PeerError
+from sparcomm.errors import ConfigError, ConfigMismatch, PeerError
 from sparcomm.transport import mpi, sim
 from sparcomm.transport.base import Transport
 from sparcomm.transport.mpi import MpiTransport
+from sparcomm.transport.mpi.library import cuda_aware, library
 from sparcomm.transport.mpi.world import notices, world
 from support.conformance import CHECKS, bits, floats, sample
 from support.sums import normals
@@ -164,6 +165,18 @@ def over_some_ranks(t: MpiTransport) -> None:
 def refusals(t: MpiTransport) -> None:
     with pytest.raises(ConfigError, match="must be a timedelta or seconds"):
         MpiTransport(timeout=0)
+    for said, means in (("1", True), ("0", False)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SPARCOMM_MPI_CUDA", said)
+            cuda_aware.cache_clear()
+            assert cuda_aware() is means
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARCOMM_MPI_CUDA", "yes")
+        cuda_aware.cache_clear()
+        with pytest.raises(ConfigError, match="SPARCOMM_MPI_CUDA='yes': must be 0"):
+            cuda_aware()
+    assert isinstance(cuda_aware(), bool)
+    assert library().startswith(("Open MPI ", "MPICH "))
     closed = MpiTransport(timeout=20)
     closed.close()
     closed.close()
@@ -216,6 +229,12 @@ def the_hook(t: MpiTransport) -> None:
         state.close()
     assert [name for name, _, _ in found] == ["TorchTransport", "MpiTransport"]
     assert found[0][1:] == found[1][1:]
+    dist.destroy_process_group()
+    # Numbered otherwise than by mpirun.
+    store = dist.FileStore(str(Path(sys.argv[1]) / "other store"), t.size)
+    dist.init_process_group("gloo", store=store, rank=t.size - 1 - t.rank, world_size=t.size)
+    with pytest.raises(ConfigMismatch, match=r"rank minus MPI's \(rank 0: -2; rank 1: 0; rank 2: 2\)"):
+        sparcomm.attach(DistributedDataParallel(nn.Linear(2, 2)), sparcomm.Dense(), transport="mpi", timeout=20)
     dist.destroy_process_group()
 
 
