@@ -36,7 +36,7 @@ from sparcomm.ddp.watch import Watch
 from sparcomm.errors import ConfigError, NotInitializedError
 from sparcomm.feedback import Memory
 from sparcomm.transport.base import Traffic
-from sparcomm.transport.torchdist.groups import as_timedelta
+from sparcomm.transport.limits import as_timedelta
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
