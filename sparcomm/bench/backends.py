@@ -18,16 +18,23 @@ import torch.distributed as dist
 import sparcomm.mpi_backend
 from sparcomm.bench.options import Parser
 
-# What PyTorch documents, but does not list as exported.
 SIZES = {"1 KB": 1 << 10, "16 KB": 1 << 14, "256 KB": 1 << 18, "1 MB": 1 << 20, "16 MB": 1 << 24, "100 MB": 100 << 20}
 BUDGET = 2e8  # bytes that all repeats of one size move
-OPERATIONS: dict[str, Callable[[torch.Tensor, Any], object]] = {
-    "all_reduce": lambda x, group: dist.all_reduce(x, group=group),
-    "broadcast": lambda x, group: dist.broadcast(x, 0, group=group),
-}
 
 
-def times(call: Callable[[torch.Tensor, Any], object], x: torch.Tensor, groups: dict[str, Any]) -> dict[str, list[float]]:
+def all_reduce(x: torch.Tensor, group: Any) -> None:
+    """In place."""
+    dist.all_reduce(x, group=group)
+
+
+def broadcast(x: torch.Tensor, group: Any) -> None:
+    """From rank 0."""
+    dist.broadcast(x, 0, group=group)
+
+
+def times(
+    call: Callable[[torch.Tensor, Any], object], x: torch.Tensor, groups: dict[str, Any]
+) -> dict[str, list[float]]:
     """Seconds of each call, on its slowest rank, by backend."""
     repeats = max(4, min(100, int(BUDGET / x.nbytes)))
     found: dict[str, list[float]] = {name: [] for name in groups}
@@ -54,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if dist.get_rank() == 0:
         print(f"{dist.get_world_size()} ranks; milliseconds, median (best)")
         print(f"{'':24}" + "".join(f"{name:>22}" for name in groups))
-    for operation, call in OPERATIONS.items():
+    for operation, call in (("all_reduce", all_reduce), ("broadcast", broadcast)):
         for size, nbytes in SIZES.items():
             found = times(call, torch.zeros(nbytes // 4), groups)
             cells = [f"{statistics.median(t) * 1e3:.3f} ({min(t) * 1e3:.3f})" for t in found.values()]

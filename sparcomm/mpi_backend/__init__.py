@@ -3,8 +3,8 @@
 PyTorch's wheels have no MPI. This one needs nothing compiled, only mpi4py. See docs/mpi.md.
 
 Importing it registers the backend. Under an MPI launcher it also starts MPI, sets the environment that ``env://`` reads
-where it is not set, and makes an exception that nobody catches end all ranks; the import is then collective. And it lets
-``dist.monitored_barrier``, which PyTorch keeps for Gloo, take groups of this backend.
+where it is not set, and makes an exception that nobody catches end all ranks; the import is then collective. And it
+lets ``dist.monitored_barrier``, which PyTorch keeps for Gloo, take groups of this backend.
 """
 
 from __future__ import annotations

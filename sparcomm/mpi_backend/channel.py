@@ -18,7 +18,7 @@ from sparcomm.mpi_backend.reductions import Reduction
 from sparcomm.transport.mpi.library import MPI
 
 Requests = list[MPI.Request]
-TAGS = 1 << 15  # that every MPI has
+TAGS = 1 << 14  # of one kind; every MPI has 1 << 15
 SEGMENT = 1 << 20  # bytes that are added up at once, so that they are still in the cache
 NATIVE = 1 << 19  # bytes up to which MPI's own Iallreduce is used
 GATHERED = 1 << 14  # bytes, of all ranks, up to which what MPI cannot add is gathered on all ranks and added there
@@ -35,7 +35,7 @@ class Channel:
     def __init__(self, comm: MPI.Intracomm, pairs: MPI.Intracomm) -> None:
         self.comm, self.pairs = comm, pairs
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
-        self._calls = itertools.count()
+        self._calls, self._monitored = itertools.count(), itertools.count()
 
     def free(self) -> None:
         """Gives the communicators back. Collective."""
@@ -45,6 +45,10 @@ class Channel:
     def next_tag(self) -> int:
         """The tag of one operation; ranks that call the same operations get the same one."""
         return next(self._calls) % TAGS
+
+    def next_monitored_tag(self) -> int:
+        """As ``next_tag``, for barriers: a rank that misses one of them stays in step with everything else."""
+        return TAGS + next(self._monitored) % TAGS
 
     # ---- moving ---------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ def launched() -> bool:
 def fill() -> None:
     """Sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where unset. Collective."""
     comm, (local_rank, local_size) = world(), local()
-    found = {
+    found: dict[str, str | int] = {
         "RANK": comm.Get_rank(),
         "WORLD_SIZE": comm.Get_size(),
         "LOCAL_RANK": local_rank,

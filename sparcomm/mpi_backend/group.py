@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d as c10d
 
 from sparcomm.mpi_backend import monitor, sparse
+from sparcomm.mpi_backend.arguments import c10d, listed, options, split, wait_for
 from sparcomm.mpi_backend.buffers import deliver, incoming, outgoing, pieces, same_dtype
 from sparcomm.mpi_backend.channel import Channel
 from sparcomm.mpi_backend.reductions import as_real, reduction
@@ -19,9 +19,11 @@ from sparcomm.mpi_backend.work import PROGRESS, Health, MpiWork, Steps
 from sparcomm.transport.mpi.library import MPI
 
 NAME = "mpi4py"
+# torch's short and long forms of one method, and its older names for others, are more than type checkers can follow.
+Base: Any = dist.ProcessGroup
 
 
-class MpiGroup(dist.ProcessGroup):
+class MpiGroup(Base):
     """A process group over MPI communicators.
 
     Args:
@@ -31,7 +33,7 @@ class MpiGroup(dist.ProcessGroup):
         listen: tells what has made waiting pointless; "" = nothing.
     """
 
-    def __init__(self, store: dist.Store, channel: Channel, timeout: timedelta, listen: Callable[[], str]) -> None:
+    def __init__(self, store: Any, channel: Channel, timeout: timedelta, listen: Callable[[], str]) -> None:
         super().__init__(channel.rank, channel.size)
         self._store = store
         self._channel, self._timeout, self._health = channel, timeout, Health(listen)
@@ -72,7 +74,7 @@ class MpiGroup(dist.ProcessGroup):
         """What it is for."""
         return self._called[1]
 
-    def get_group_store(self) -> dist.Store:
+    def get_group_store(self) -> Any:
         """The group's own part of torch's store."""
         return self._store
 
@@ -118,13 +120,13 @@ class MpiGroup(dist.ProcessGroup):
         """One work that ends when all of them have."""
         for work in works:
             PROGRESS.watch(work)
-        return self._start(name, _wait_for(works), [t for work in works for t in work.outputs])
+        return self._start(name, wait_for(works), [t for work in works for t in work.outputs])
 
     # ---- reductions -----------------------------------------------------------------------------------------------
 
     def allreduce(self, tensors: list[Tensor] | Tensor, opts: Any = None, **more: Any) -> MpiWork:
         """Every rank's tensor becomes the reduction of them all."""
-        tensors, opts = _listed(tensors), _options(c10d.AllreduceOptions, opts, more)
+        tensors, opts = listed(tensors), options(c10d.AllreduceOptions, opts, more)
         if len(tensors) != 1:
             return self._all("all_reduce", [self.allreduce([t], opts) for t in tensors])
         (t,) = tensors
@@ -150,7 +152,7 @@ class MpiGroup(dist.ProcessGroup):
 
     def reduce(self, tensors: list[Tensor] | Tensor, opts: Any = None, **more: Any) -> MpiWork:
         """The root's tensor becomes the reduction of all ranks' tensors; the others keep theirs."""
-        (t,), opts = _listed(tensors), _options(c10d.ReduceOptions, opts, more)
+        (t,), opts = listed(tensors), options(c10d.ReduceOptions, opts, more)
         channel, root, tag = self._channel, opts.rootRank, self._channel.next_tag()
         real = as_real(t, opts.reduceOp)
         how = reduction(opts.reduceOp, real, channel.size)
@@ -165,8 +167,8 @@ class MpiGroup(dist.ProcessGroup):
 
     def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = None, **more: Any) -> MpiWork:
         """``outputs[0]`` becomes the reduction of what all ranks have for this one in ``inputs[0]``."""
-        (out,), parts = _listed(outputs), inputs if isinstance(inputs[0], Tensor) else inputs[0]
-        opts = _options(c10d.ReduceScatterOptions, opts, more)
+        (out,), parts = listed(outputs), inputs if isinstance(inputs[0], Tensor) else inputs[0]
+        opts = options(c10d.ReduceScatterOptions, opts, more)
         channel, tag = self._channel, self._channel.next_tag()
         same_dtype([out, *parts])
         if len(parts) != channel.size or parts[channel.rank].numel() != out.numel():
@@ -207,7 +209,7 @@ class MpiGroup(dist.ProcessGroup):
 
     def broadcast(self, tensors: list[Tensor] | Tensor, opts: Any = None, **more: Any) -> MpiWork:
         """Every rank's tensor becomes the root's."""
-        (t,), opts = _listed(tensors), _options(c10d.BroadcastOptions, opts, more)
+        (t,), opts = listed(tensors), options(c10d.BroadcastOptions, opts, more)
         channel, root = self._channel, opts.rootRank
 
         def steps() -> Steps:
@@ -246,20 +248,22 @@ class MpiGroup(dist.ProcessGroup):
     def allgather(self, outputs: Any, inputs: Any, opts: Any = None, **more: Any) -> MpiWork:
         """``outputs[0][i]`` becomes rank i's ``inputs[0]``; sizes may differ between ranks."""
         outs = list(outputs) if isinstance(outputs[0], Tensor) else outputs[0]
-        (t,), everyone = _listed(inputs), range(self._channel.size)
+        (t,), everyone = listed(inputs), range(self._channel.size)
         same_dtype([t, *outs])
         self._count("all_gather", outs)
-        opts = _options(c10d.AllgatherOptions, opts, more)
+        opts = options(c10d.AllgatherOptions, opts, more)
         return self._exchange("all_gather", dict.fromkeys(everyone, t), dict(enumerate(outs)), opts)
 
     def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> MpiWork:
-        """``outputs[j][i]`` becomes rank i's ``inputs[j]``."""
-        works = [self.allgather([outs], [t], opts) for outs, t in zip(outputs, inputs, strict=True)]
+        """``outputs[i][j]`` becomes rank i's ``inputs[j]``."""
+        works = [
+            self.allgather([list(outs)], [t], opts) for outs, t in zip(zip(*outputs, strict=True), inputs, strict=True)
+        ]
         return self._all("all_gather_coalesced", works)
 
     def gather(self, outputs: Any, inputs: Any, opts: Any = None, **more: Any) -> MpiWork:
         """The root's ``outputs[0][i]`` becomes rank i's ``inputs[0]``."""
-        (t,), opts = _listed(inputs), _options(c10d.GatherOptions, opts, more)
+        (t,), opts = listed(inputs), options(c10d.GatherOptions, opts, more)
         receives: dict[int, Tensor] = {}
         if self._channel.rank == opts.rootRank:
             outs = list(outputs) if isinstance(outputs[0], Tensor) else outputs[0]
@@ -269,7 +273,7 @@ class MpiGroup(dist.ProcessGroup):
 
     def scatter(self, outputs: Any, inputs: Any, opts: Any = None, **more: Any) -> MpiWork:
         """``outputs[0]`` becomes what the root's ``inputs[0]`` has for this rank."""
-        (out,), opts = _listed(outputs), _options(c10d.ScatterOptions, opts, more)
+        (out,), opts = listed(outputs), options(c10d.ScatterOptions, opts, more)
         sends: dict[int, Tensor] = {}
         if self._channel.rank == opts.rootRank:
             parts = list(inputs) if isinstance(inputs[0], Tensor) else inputs[0]
@@ -296,7 +300,7 @@ class MpiGroup(dist.ProcessGroup):
         same_dtype([out, t])
         host, sent = incoming(out), outgoing(t)
         size = self._channel.size
-        receives, sends = _split(host, output_split_sizes, size), _split(sent, input_split_sizes, size)
+        receives, sends = split(host, output_split_sizes, size), split(sent, input_split_sizes, size)
         return self._exchange("all_to_all_single", sends, receives, opts, [(out, host)])
 
     alltoall_base = all_to_all_single
@@ -358,7 +362,7 @@ class MpiGroup(dist.ProcessGroup):
 
     def barrier(self, opts: Any = None, **more: Any) -> MpiWork:
         """Ends when all ranks have called it."""
-        opts = _options(c10d.BarrierOptions, opts, more)
+        opts = options(c10d.BarrierOptions, opts, more)
         channel = self._channel
 
         def steps() -> Steps:
@@ -367,45 +371,10 @@ class MpiGroup(dist.ProcessGroup):
         return self._start("barrier", steps(), [], opts)
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
-        """A barrier whose error names the ranks that did not come, all of them, on every rank that did.
+        """A barrier whose error names the first rank that did not come, or all of them, on every rank that did.
 
         Raises:
             DistBackendError: a rank did not come in time.
         """
-        monitor.barrier(self._channel, timeout or self._timeout, self._health.listen)
-
-
-def _wait_for(works: Sequence[MpiWork]) -> Steps:
-    for work in works:
-        while not work.poll():
-            yield None
-        if (error := work.exception()) is not None:
-            raise error
-
-
-def _listed(tensors: Any) -> list[Tensor]:
-    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
-
-
-def _options(kind: Any, opts: Any, more: dict[str, Any]) -> Any:
-    """The options of a call in any of torch's forms: an options object, or what it consists of."""
-    if isinstance(opts, kind):
-        return opts
-    made = kind()
-    if opts is not None:  # the second argument of the short forms
-        more = {("timeout" if isinstance(opts, timedelta) else "root" if isinstance(opts, int) else "op"): opts} | more
-    for name, value in more.items():
-        if value is not None:
-            setattr(made, {"op": "reduceOp", "root": "rootRank"}.get(name, name), value)
-    return made
-
-
-def _split(t: Tensor, sizes: Sequence[int] | None, ranks: int) -> dict[int, Tensor]:
-    rows = t.shape[0] if t.dim() else 0
-    if not sizes:
-        if rows % ranks:
-            raise ValueError(f"all_to_all_single of {rows} rows without split sizes: must be a multiple of {ranks}")
-        sizes = [rows // ranks] * ranks
-    if len(sizes) != ranks or sum(sizes) != rows:
-        raise ValueError(f"split sizes {list(sizes)} of {rows} rows: must be {ranks} that add up to the rows")
-    return dict(enumerate(t.split(list(sizes))))
+        limit = self._timeout if timeout is None else timeout
+        monitor.barrier(self._channel, limit, self._health.listen, wait_all_ranks)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sparcomm.transport.mpi.library import MPI
@@ -119,15 +118,17 @@ class Reduction:
             self.finish(out)
 
 
+def _name(op: Any) -> str:
+    return getattr(op, "op", op).name  # torch has the operation itself, and a wrapper with a factor
+
+
 def reduction(op: Any, t: Tensor, size: int) -> Reduction:
     """The operation for tensors like ``t``.
 
     Raises:
         ValueError: it does not exist for the dtype.
     """
-    kinds = dist.ReduceOp.RedOpType
-    kind = op.op if isinstance(op, dist.ReduceOp) else op
-    name = {member: name for name, member in kinds.__members__.items()}.get(kind, str(kind))
+    name = _name(op)
     dtype = t.dtype
     floating = dtype.is_floating_point and (dtype in _TYPES or dtype in _HALVES)
     if name == "AVG" and floating:
@@ -137,8 +138,8 @@ def reduction(op: Any, t: Tensor, size: int) -> Reduction:
     if (name in _OPS and (floating or dtype in _TYPES)) or (name in _BITS and dtype in _TYPES and not floating):
         return Reduction(name, dtype, size)
     raise ValueError(
-        f"ReduceOp.{name} of {dtype}: SUM, PRODUCT, MIN and MAX take floating-point numbers, integers and bool; AVG and "
-        "PREMUL_SUM take floating-point numbers; BAND, BOR and BXOR take integers and bool"
+        f"ReduceOp.{name} of {dtype}: SUM, PRODUCT, MIN and MAX take floating-point numbers, integers and bool; AVG "
+        "and PREMUL_SUM take floating-point numbers; BAND, BOR and BXOR take integers and bool"
     )
 
 
@@ -146,7 +147,6 @@ def as_real(t: Tensor, op: Any) -> Tensor:
     """A complex tensor as real numbers, where the operation acts on them one by one; other tensors as they are."""
     if not t.is_complex():
         return t
-    kind = op.op if isinstance(op, dist.ReduceOp) else op
-    if (name := getattr(kind, "name", str(kind))) not in _COMPLEX:
+    if (name := _name(op)) not in _COMPLEX:
         raise ValueError(f"ReduceOp.{name} of {t.dtype}: complex tensors take {', '.join(sorted(_COMPLEX))}")
     return torch.view_as_real(t)

@@ -18,7 +18,7 @@ from sparcomm.transport.mpi.notices import EVERY
 from sparcomm.transport.mpi.world import notices, world
 
 # The communicator whose ranks are those of torch's default group.
-_base: dict[str, MPI.Intracomm] = {}
+_base: dict[str, Any] = {}
 
 
 def register() -> None:
@@ -55,20 +55,19 @@ def make(options: Any, _: object = None) -> MpiGroup:
 
 def _default(rank: int, size: int) -> MPI.Intracomm:
     everyone = world()
-    if size == 1:
-        _base["comm"] = MPI.COMM_SELF
-    elif size == everyone.Get_size():
-        _base["comm"] = everyone.Split(0, rank)  # torch may have been told other numbers than MPI's
-    else:
+    if size not in (1, everyone.Get_size()):
         raise ConfigError(
             f"world_size={size}: must be {everyone.Get_size()}, the processes that MPI was started with (or 1); "
             "start this program with mpirun -n"
         )
-    return _base["comm"].Dup()
+    # torch may have been told other numbers than MPI's.
+    base: Any = MPI.COMM_SELF if size == 1 else everyone.Split(0, rank)
+    _base["comm"] = base
+    return base.Dup()
 
 
 def _subset(ranks: list[int]) -> MPI.Intracomm:
-    base = _base.get("comm") or world()
+    base: Any = _base.get("comm") or world()
     if dist.get_rank() != base.Get_rank():
         raise ConfigError(f"rank {dist.get_rank()} for torch is rank {base.Get_rank()} for MPI: must be the same")
     # Not by the group's name: with use_local_synchronization torch counts groups in it, of which ranks have different

@@ -1,4 +1,4 @@
-"""All-reduce of sparse COO tensors, the gradients of sparse embeddings: entries are gathered on all ranks, and added."""
+"""All-reduce of sparse COO tensors, as gradients of embeddings are: entries are gathered on all ranks, and added."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparcomm.mpi_backend.work import Steps
 
 def check(t: Tensor, op: Any) -> None:
     """Raises ValueError unless the operation is a sum or mean."""
-    if op != dist.ReduceOp.SUM and op != dist.ReduceOp.AVG:  # noqa: PLR1714  hashed and compared by torch's own rules
+    if op != dist.ReduceOp.SUM and op != dist.ReduceOp.AVG:
         raise ValueError(f"all_reduce of a sparse tensor of {t.dtype}: takes SUM and AVG")
 
 

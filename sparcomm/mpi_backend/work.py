@@ -7,6 +7,7 @@ yet are moved on by one thread of the process, which also completes the futures 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import threading
 import time
@@ -108,7 +109,7 @@ class MpiWork(dist.Work):
         if self._done:
             return
         if time.monotonic() > self._deadline:
-            self.expire(f"not complete within {self._limit:g} s: a rank is late, stuck or gone")
+            self.expire(f"timeout of {self._limit:g} s: a rank is late, stuck or gone")
         elif told := self.health.listen():
             self.expire(told)
 
@@ -206,7 +207,7 @@ class MpiWork(dist.Work):
                 return self._future
             promise: Any = torch.futures.Future()
             # DDP's reducer takes an exception that was set for a value; one that a callback raised is an error there.
-            self._future = promise.then(lambda done: done.value())
+            self._future = promise.then(_value)
             if under_way := not self._done:
                 self._promise = promise
         if under_way:
@@ -219,10 +220,8 @@ class MpiWork(dist.Work):
 def _strand(requests: Sequence[MPI.Request] | None, *buffers: object) -> None:
     """Withdraws receives, and keeps for good the memory of what cannot be withdrawn: MPI may still use it."""
     for request in requests or ():
-        try:
+        with contextlib.suppress(MPI.Exception):  # a collective's
             request.Cancel()
-        except MPI.Exception:
-            pass  # a collective
     _stranded.append((requests, buffers))
 
 
@@ -234,6 +233,10 @@ def _resolve(promise: Any, outputs: list[Tensor], error: Exception | None) -> No
         promise.set_exception(error)
     else:
         promise.set_result(outputs)
+
+
+def _value(done: Any) -> Any:
+    return done.value()
 
 
 class Progress:

@@ -107,7 +107,7 @@ def sampler(r: int, p: int) -> None:
     own = list(DistributedSampler(data, seed=7))
     everyone: list[Any] = [None] * p
     dist.all_gather_object(everyone, own)
-    assert sorted(sum(everyone, [])) == list(range(4 * p))
+    assert sorted(i for each in everyone for i in each) == list(range(4 * p))
 
 
 def sharded() -> Any:
