@@ -33,6 +33,8 @@ HOMES = {
     "torch.distributed": (
         "transport/torchdist",
         "ddp",
+        "mpi_backend",
+        "bench/backends",
         "bench/world",
         "bench/child",
         "bench/overlap",
