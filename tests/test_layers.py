@@ -17,7 +17,8 @@ LAYERS = (
     {"kernels", "transport"},
     {"memory", "feedback", "codecs", "collectives", "selectors"},
     {"algorithms"},
-    {"ddp", "fsdp", "optim", "launch", "mpi_backend", "config", "integrations"},
+    {"ddp", "fsdp", "optim", "mpi_backend", "config", "integrations"},
+    {"launch"},  # starts torch.distributed with any backend, ours included
     {"bench", "plan", "doctor"},
     {"cli"},
     {"__main__", "__init__"},
@@ -33,6 +34,7 @@ HOMES = {
     "torch.distributed": (
         "transport/torchdist",
         "ddp",
+        "launch",
         "bench/world",
         "bench/child",
         "bench/overlap",
@@ -40,7 +42,7 @@ HOMES = {
     ),
     "pydantic": ("config",),
     "typer": ("cli",),
-    "rich": ("cli", "bench"),
+    "rich": ("cli", "bench", "doctor"),
 }
 
 
