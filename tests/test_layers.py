@@ -35,6 +35,8 @@ HOMES = {
         "transport/torchdist",
         "ddp",
         "launch",
+        "doctor/facts",
+        "doctor/selftest",
         "bench/world",
         "bench/child",
         "bench/overlap",
