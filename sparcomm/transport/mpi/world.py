@@ -9,10 +9,12 @@ import time
 import traceback
 from types import TracebackType
 
-from sparcomm.errors import ConfigError
+from sparcomm.errors import ConfigError, PeerError
 from sparcomm.transport.mpi.library import MPI
 from sparcomm.transport.mpi.notices import Notices
+from sparcomm.transport.mpi.waiting import Interrupted, wait
 
+START = 300.0  # seconds in which all ranks have to come
 GRACE = 3.0  # seconds that the other ranks have, after an error here, to end with its text before all are killed
 _LEVELS = {
     MPI.THREAD_SINGLE: "MPI_THREAD_SINGLE",
@@ -28,6 +30,7 @@ def world() -> MPI.Intracomm:
 
     Raises:
         ConfigError: MPI has ended, or cannot be called from several threads.
+        PeerError: not all ranks came within ``START`` seconds.
     """
     if MPI.Is_finalized():
         raise ConfigError("MPI has been finalized, and cannot be started again in the same process")
@@ -37,7 +40,11 @@ def world() -> MPI.Intracomm:
             f"MPI runs at thread level {_LEVELS[level]}, must be MPI_THREAD_MULTIPLE, since the hook communicates from "
             "a thread of its own: import sparcomm before mpi4py.MPI, or an MPI that is built with threads"
         )
-    comm = MPI.COMM_WORLD.Dup()
+    comm, request = MPI.COMM_WORLD.Idup()  # not Dup, which would take a core from those who are still importing
+    try:
+        wait(request.Test, START, str)
+    except Interrupted as error:
+        raise PeerError(f"starting: not all of {MPI.COMM_WORLD.Get_size()} ranks came here: {error}") from None
     comm.Set_name("sparcomm")
     return comm
 

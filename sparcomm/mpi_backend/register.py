@@ -1,0 +1,75 @@
+"""How torch.distributed gets to know the backend, and makes groups of it."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from sparcomm.errors import ConfigError
+from sparcomm.mpi_backend.channel import TAGS, Channel
+from sparcomm.mpi_backend.group import NAME, MpiGroup
+from sparcomm.transport.mpi.library import MPI
+from sparcomm.transport.mpi.notices import EVERY
+from sparcomm.transport.mpi.world import notices, world
+
+# The communicator whose ranks are those of torch's default group.
+_base: dict[str, MPI.Intracomm] = {}
+
+
+def register() -> None:
+    """Makes the backend known. Once per process."""
+    dist.Backend.register_backend(NAME, make, extended_api=True, devices=["cpu"])
+    before = c10d.monitored_barrier
+
+    @functools.wraps(before)
+    def monitored_barrier(group: Any = None, timeout: Any = None, wait_all_ranks: bool = False) -> None:
+        chosen = group or dist.group.WORLD
+        if not isinstance(chosen, MpiGroup):
+            return before(group, timeout, wait_all_ranks)
+        limit = timedelta(seconds=timeout) if isinstance(timeout, (int, float)) else timeout
+        return chosen.monitored_barrier(limit, wait_all_ranks)
+
+    c10d.monitored_barrier = dist.monitored_barrier = monitored_barrier
+
+
+def make(options: Any, _: object = None) -> MpiGroup:
+    """A group, over all ranks or some. Collective over its ranks.
+
+    Raises:
+        ConfigError: torch and MPI do not count the same ranks.
+    """
+    rank, size, ranks = options.group_rank, options.group_size, list(options.global_ranks_in_group)
+    comm = _default(rank, size) if not ranks else _subset(ranks, options.group_id)
+    if (comm.Get_rank(), comm.Get_size()) != (rank, size):
+        raise ConfigError(
+            f"rank {rank} of {size} for torch is rank {comm.Get_rank()} of {comm.Get_size()} for MPI: must be the same"
+        )
+    board = notices()
+    return MpiGroup(options.store, Channel(comm, comm.Dup()), options.timeout, lambda: board.look(EVERY))
+
+
+def _default(rank: int, size: int) -> MPI.Intracomm:
+    everyone = world()
+    if size == 1:
+        _base["comm"] = MPI.COMM_SELF
+    elif size == everyone.Get_size():
+        _base["comm"] = everyone.Split(0, rank)  # torch may have been told other numbers than MPI's
+    else:
+        raise ConfigError(
+            f"world_size={size}: must be {everyone.Get_size()}, the processes that MPI was started with (or 1); "
+            "start this program with mpirun -n"
+        )
+    return _base["comm"].Dup()
+
+
+def _subset(ranks: list[int], name: str) -> MPI.Intracomm:
+    base = _base.get("comm") or world()
+    if isinstance(dist.group.WORLD, MpiGroup) is False and dist.get_rank() != base.Get_rank():
+        raise ConfigError(f"rank {dist.get_rank()} for torch is rank {base.Get_rank()} for MPI: must be the same")
+    chosen = base.Get_group().Incl(ranks)
+    return base.Create_group(chosen, zlib.crc32(name.encode()) % TAGS)

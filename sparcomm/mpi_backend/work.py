@@ -1,0 +1,308 @@
+"""Operations under way: a sequence of steps, each of which waits for some MPI requests.
+
+MPI moves data only while somebody calls it. Whoever waits for a work calls it in a loop; works that nobody waits for
+yet are moved on by one thread of the process, which also completes the futures that DDP's hooks wait for.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sparcomm.transport.mpi.library import MPI
+from sparcomm.transport.mpi.waiting import BRISK, LISTEN, LONGEST, SHORTEST, WORKED, Interrupted, wait
+
+Steps = Iterator[Sequence[MPI.Request] | None]  # None: to be resumed at the next look
+NO_LIMIT = timedelta(0)
+LATER = 1e-4  # seconds before the first look at a new work, since most callers wait for it themselves at once
+
+
+class Health:
+    """Whether a group can be used.
+
+    Args:
+        listen: tells what has made waiting pointless; "" = nothing.
+    """
+
+    def __init__(self, listen: Callable[[], str]) -> None:
+        self.broken, self.listen = "", listen
+
+    def fail(self, reason: str) -> None:
+        """From now on no operation can be started; the first reason counts."""
+        self.broken = self.broken or reason
+
+
+class MpiWork(dist.Work):
+    """One operation of a group.
+
+    Args:
+        name: for messages.
+        steps: yields the requests to wait for before it is resumed; what it holds stays in memory until it ends.
+        outputs: tensors that are the result.
+        limit: seconds from now after which the operation has failed.
+        health: of the group.
+
+    Raises:
+        Exception: whatever its first step does.
+    """
+
+    def __init__(self, name: str, steps: Steps, outputs: list[Tensor], limit: float, health: Health) -> None:
+        super().__init__()
+        self.outputs, self.health = outputs, health
+        self._name, self._steps = name, steps
+        self._limit, self._deadline = limit, time.monotonic() + limit
+        self._moving, self._gate = threading.Lock(), threading.Lock()
+        self._done, self._error = False, None
+        self._promise: Any = None
+        self._future: Any = None
+        self._source = -1
+        self._waited = 0  # threads that wait for it, and so move it on
+        try:
+            self._requests = next(steps)
+        except StopIteration:
+            self._end(None)
+        except MPI.Exception as error:
+            raise dist.DistBackendError(f"mpi4py backend, {name}: {error}") from None
+
+    # ---- moving it on ---------------------------------------------------------------------------------------------
+
+    def poll(self) -> bool:
+        """Moves on as far as possible without a wait; whether it has ended."""
+        if self._done or not self._moving.acquire(blocking=False):
+            return self._done
+        try:
+            while not self._done and self._arrived():
+                self._requests = next(self._steps)
+                if self._requests is None:
+                    break
+        except StopIteration:
+            self._end(None)
+        except Exception as error:  # noqa: BLE001  whatever it is belongs to whoever waits
+            self.give_up(f"{type(error).__name__}: {error}")
+        finally:
+            self._moving.release()
+        return self._done
+
+    def _arrived(self) -> bool:
+        if self._requests is None:
+            return True
+        if len(self._requests) != 1:
+            return MPI.Request.Testall(self._requests)
+        status = MPI.Status()
+        if arrived := self._requests[0].Test(status):
+            self._source = status.Get_source()
+        return arrived
+
+    def check(self) -> None:
+        """Gives up if time has run out, or another rank has."""
+        if self._done:
+            return
+        if time.monotonic() > self._deadline:
+            self.expire(f"not complete within {self._limit:g} s: a rank is late, stuck or gone")
+        elif told := self.health.listen():
+            self.expire(told)
+
+    def expire(self, reason: str) -> None:
+        """Gives up, unless it has ended."""
+        with self._moving:
+            if not self._done:
+                self.give_up(reason)
+
+    def give_up(self, reason: str) -> None:
+        """Ends it with an error; what MPI may still touch is kept for good. Only for who holds the lock."""
+        _strand(self._requests, self._steps, self.outputs)
+        self.health.fail(f"{self._name}: {reason}")
+        self._end(dist.DistBackendError(f"mpi4py backend, {self._name}: {reason}"))
+
+    def _end(self, error: Exception | None) -> None:
+        with self._gate:
+            self._error, self._done = error, True
+            promise, self._promise = self._promise, None
+        self._steps, self._requests = iter(()), []
+        if promise is not None:
+            PROGRESS.resolve(promise, self.outputs, error)
+
+    @property
+    def done(self) -> bool:
+        """Whether it has been seen to end."""
+        return self._done
+
+    @property
+    def waited(self) -> bool:
+        """Whether a thread waits for it now."""
+        return self._waited > 0
+
+    # ---- what torch calls -----------------------------------------------------------------------------------------
+
+    def wait(self, timeout: timedelta = NO_LIMIT) -> bool:
+        """Returns True when it has ended.
+
+        A ``timeout`` that is shorter than the group's only ends this wait: a later one may succeed.
+
+        Raises:
+            DistBackendError: it failed, or is not complete in time.
+        """
+        if not self.poll():
+            asked, left = timeout.total_seconds(), self._deadline - time.monotonic()
+            self._waited += 1
+            try:
+                wait(self.poll, min(asked, left) if asked > 0 else left, self.health.listen)
+            except Interrupted as stop:
+                self.check()
+                if not self._done:
+                    PROGRESS.watch(self)
+                    raise dist.DistBackendError(f"mpi4py backend, {self._name}: timed out, {stop}") from None
+            except BaseException:
+                PROGRESS.watch(self)  # its memory must outlive what MPI does to it
+                raise
+            finally:
+                self._waited -= 1
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def synchronize(self) -> None:
+        """The same as ``wait``."""
+        self.wait()
+
+    def is_completed(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self.poll()
+
+    def is_success(self) -> bool:
+        """Whether it has ended well."""
+        return self.poll() and self._error is None
+
+    def exception(self) -> Exception | None:
+        """What it failed with."""
+        return self._error
+
+    def result(self) -> list[Tensor]:
+        """The output tensors; waits for them."""
+        self.wait()
+        return self.outputs
+
+    def _source_rank(self) -> int:
+        return self._source
+
+    def source_rank(self) -> int:
+        """The rank in the group that a ``recv`` from any has received from."""
+        return self._source
+
+    def get_future(self) -> Any:
+        """Completes with the list of output tensors, or the error."""
+        with self._gate:
+            if self._future is not None:
+                return self._future
+            promise: Any = torch.futures.Future()
+            # DDP's reducer takes an exception that was set for a value; one that a callback raised is an error there.
+            self._future = promise.then(lambda done: done.value())
+            if under_way := not self._done:
+                self._promise = promise
+        if under_way:
+            PROGRESS.watch(self)
+        else:
+            _resolve(promise, self.outputs, self._error)
+        return self._future
+
+
+def _strand(requests: Sequence[MPI.Request] | None, *buffers: object) -> None:
+    """Withdraws receives, and keeps for good the memory of what cannot be withdrawn: MPI may still use it."""
+    for request in requests or ():
+        try:
+            request.Cancel()
+        except MPI.Exception:
+            pass  # a collective
+    _stranded.append((requests, buffers))
+
+
+_stranded: list[object] = []
+
+
+def _resolve(promise: Any, outputs: list[Tensor], error: Exception | None) -> None:
+    if error is not None:
+        promise.set_exception(error)
+    else:
+        promise.set_result(outputs)
+
+
+class Progress:
+    """The thread that moves on works that nobody waits for."""
+
+    def __init__(self) -> None:
+        self._works: dict[MpiWork, None] = {}
+        self._lock, self._wake = threading.Lock(), threading.Event()
+        self._thread: threading.Thread | None = None
+        # A callback of a future may wait for another future, so callbacks must not hold up the thread that moves
+        # works on, nor each other.
+        self._callbacks = ThreadPoolExecutor(16, "sparcomm-mpi-future")
+        self._stopped, self._checked = False, 0.0
+
+    def watch(self, work: MpiWork) -> None:
+        """Moves the work on, and keeps it in memory, until it ends."""
+        with self._lock:
+            self._works[work] = None
+            if self._thread is None and not self._stopped:
+                self._thread = threading.Thread(target=self._run, name="sparcomm-mpi", daemon=True)
+                self._thread.start()
+                atexit.register(self._stop)
+        self._wake.set()
+
+    def under_way(self, health: Health) -> list[MpiWork]:
+        """The works of one group that have not ended."""
+        with self._lock:
+            return [work for work in self._works if work.health is health and not work.done]
+
+    def resolve(self, promise: Any, outputs: list[Tensor], error: Exception | None) -> None:
+        """Completes a future on a thread of its own."""
+        self._callbacks.submit(_resolve, promise, outputs, error)
+
+    def _stop(self) -> None:
+        self._stopped = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        busy, pause = time.monotonic(), SHORTEST
+        while not self._stopped:
+            with self._lock:
+                works = list(self._works)
+            if not works:
+                self._wake.wait()
+                self._wake.clear()
+                time.sleep(LATER)
+                busy, pause = time.monotonic(), SHORTEST
+                continue
+            before = time.monotonic()
+            if self._sweep(works) or time.monotonic() - before > WORKED * len(works):
+                busy, pause = time.monotonic(), SHORTEST
+            if before - busy < BRISK:
+                os.sched_yield()
+            else:
+                time.sleep(pause)
+                pause = min(1.5 * pause, LONGEST)
+
+    def _sweep(self, works: list[MpiWork]) -> bool:
+        ended = [work for work in works if (work.done if work.waited else work.poll())]
+        if (now := time.monotonic()) - self._checked > LISTEN:
+            self._checked = now
+            for work in works:
+                work.check()
+        with self._lock:
+            for work in ended:
+                self._works.pop(work, None)
+        return bool(ended)
+
+
+PROGRESS = Progress()

@@ -1,0 +1,215 @@
+"""What every rank of an MPI job does in the tests of the transport: all checks in turn, and a report of each.
+
+    mpirun -n 3 python tests/support/mpi_conformance.py FOLDER      # writes FOLDER/0.json, ...: {check: what was wrong}
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparcomm.algorithms import registry
+from sparcomm.errors import ConfigError, PeerError
+from sparcomm.transport import mpi, sim
+from sparcomm.transport.base import Transport
+from sparcomm.transport.mpi import MpiTransport
+from sparcomm.transport.mpi.world import notices, world
+from support.conformance import CHECKS, bits, floats, sample
+from support.sums import normals
+
+
+def own_abort(t: MpiTransport) -> None:
+    """An abort ends the family it is of, and no other."""
+    doomed = MpiTransport(timeout=20)
+    team = doomed.split(0, -t.rank)
+    CHECKS["check_abort_wakes_whoever_waits"](doomed)
+    with pytest.raises(PeerError, match="has ended"):
+        team.all_reduce(torch.ones(1))
+    doomed.close()
+    assert notices().look(t._family.number) == ""
+    x = torch.ones(1)
+    t.all_reduce(x)
+    assert x.item() == t.size
+
+
+def through_the_host(t: MpiTransport) -> None:
+    """As if MPI could not reach the tensors where they are."""
+    staged = MpiTransport(timeout=20)
+    staged._direct = lambda t: False  # type: ignore[method-assign]
+    for name, check in CHECKS.items():
+        if name != "check_abort_wakes_whoever_waits":
+            check(staged)
+    if t.size > 1:
+        assert {k: v.dtype for k, v in staged._staging.buffers.items()} == {"send": torch.uint8, "recv": torch.uint8}
+    staged.close()
+
+
+def messages_longer_than_mpi_counts(t: MpiTransport) -> None:
+    to, source, before = (t.rank + 1) % t.size, (t.rank - 1) % t.size, mpi.LONGEST
+    mpi.LONGEST = 1000
+    try:
+        for n in (1000, 1001, 2000, 54_321):
+            recv = torch.zeros(n, dtype=torch.uint8)
+            t.exchange(sample(n, torch.uint8, t.rank), to, recv, source)
+            assert bits(recv) == bits(sample(n, torch.uint8, source)), n
+        long, short = torch.zeros(10_000, dtype=torch.uint8), 2500 if t.rank % 2 else 900
+        t.exchange(sample(short, torch.uint8, t.rank), to, long, source, capacity=True)
+        came = 2500 if source % 2 else 900
+        assert bits(long[:came]) == bits(sample(came, torch.uint8, source))
+        assert not long[came:].any()
+        out = torch.zeros(t.size, 3001, dtype=torch.uint8)
+        t.all_gather(out, sample(3001, torch.uint8, t.rank))
+        assert bits(out) == b"".join(bits(sample(3001, torch.uint8, r)) for r in range(t.size))
+        x = torch.arange(5000.0)
+        t.all_reduce(x, native=True)
+        assert torch.equal(x, t.size * torch.arange(5000.0))
+    finally:
+        mpi.LONGEST = before
+
+
+def a_late_peer(t: MpiTransport) -> None:
+    slow = MpiTransport(timeout=0.4)
+    slow.context = "step 7"
+    if t.size > 1 and t.rank == 0:
+        start = time.monotonic()
+        with pytest.raises(PeerError) as caught:
+            slow.exchange(None, 0, torch.empty(2), 1)
+        assert 0.4 <= time.monotonic() - start < 5
+        want = f"step 7: exchange(recv from float32[2] 1): waiting for rank 1 of {t.size} (tag 1): nothing within 0.4 s"
+        assert str(caught.value) == want
+        with pytest.raises(PeerError, match="this transport has ended: step 7: exchange"):
+            slow.all_reduce(torch.ones(1))
+    t.all_reduce(torch.ones(1))
+
+
+def who_is_late_in_an_all_to_all(t: MpiTransport) -> None:
+    slow = MpiTransport(timeout=0.4)
+    if t.rank != t.size - 1:
+        late = f"waiting for rank {t.size - 1} of {t.size}"
+        with pytest.raises(PeerError, match=late if t.size > 1 else ""):
+            slow.all_to_all(torch.empty(t.size, 3), torch.ones(t.size, 3))
+    t.all_reduce(torch.ones(1))
+
+
+def two_threads(t: MpiTransport) -> None:
+    """Each with a transport of its own: MPI is asked for that."""
+    both, wrong = [MpiTransport(timeout=20) for _ in range(2)], list[int]()
+
+    def work(number: int) -> None:
+        for i in range(50):
+            x = floats(500, torch.float32, t.rank + number)
+            both[number].all_reduce(x, native=i % 5 == 0)
+            y = floats(500, torch.float32, number)
+            for r in range(1, t.size):
+                y = y + floats(500, torch.float32, r + number)
+            if not torch.allclose(x, y, rtol=1e-4, atol=1e-2):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    for transport in both:
+        transport.close()
+
+
+def made_again_and_again(t: MpiTransport) -> None:
+    for _ in range(30):
+        made = MpiTransport(timeout=20)
+        x = torch.tensor(float(t.rank))
+        made.split(0, 0).all_reduce(x)
+        made.close()
+        assert x.item() == t.size * (t.size - 1) / 2
+
+
+def over_some_ranks(t: MpiTransport) -> None:
+    order = list(reversed(range(t.size)))
+    back = MpiTransport.over(order, timeout=20)
+    assert (back.rank, back.size) == (order.index(t.rank), t.size)
+    out = torch.empty(t.size, dtype=torch.int64)
+    back.all_gather(out, torch.tensor(t.rank))
+    assert out.tolist() == order
+    # Numbers of families stay apart where ranks have made different numbers of them.
+    if t.rank == 0:
+        for _ in range(3):
+            MpiTransport.over([0]).close()
+    after = MpiTransport(timeout=20)
+    numbers = torch.empty(t.size, dtype=torch.int64)
+    t.all_gather(numbers, torch.tensor(after._family.number))
+    assert len(set(numbers.tolist())) == 1
+    assert after._family.number > back._family.number
+    for made in (back, after):
+        made.close()
+
+
+def refusals(t: MpiTransport) -> None:
+    with pytest.raises(ConfigError, match="must be a timedelta or seconds"):
+        MpiTransport(timeout=0)
+    with pytest.raises(PeerError, match="ended: closed"):
+        closed = MpiTransport(timeout=20)
+        closed.close()
+        closed.close()
+        closed.all_reduce(torch.ones(1))
+
+
+def bits_of_the_simulator(t: MpiTransport) -> None:
+    """Every algorithm, as over the simulator: totals, residuals and traffic."""
+    for cls in registry().values():
+        for algorithm in cls.cases(t.size)[:4]:
+
+            def steps(transport: Transport, algorithm: object = algorithm) -> list[Tensor | None]:
+                state, residual = algorithm.init(300, torch.float32, torch.device("cpu"), t.size), None  # type: ignore[attr-defined]
+                found: list[Tensor | None] = []
+                for step in range(3):
+                    done = algorithm.reduce(normals(300, transport.rank, step), residual, state, step, transport)  # type: ignore[attr-defined]
+                    residual, state = done.residual, done.state
+                    found += [done.total.clone(), None if residual is None else residual.clone()]
+                return [*found, torch.tensor([vars(transport.traffic)[name] for name in ("rounds", "bytes_sent")])]
+
+            made = MpiTransport(timeout=20)
+            here, there = steps(made), sim.run(t.size, steps).results[t.rank]
+            assert [x is None for x in here] == [x is None for x in there]
+            assert all(bits(a) == bits(b) for a, b in zip(here, there, strict=True) if a is not None), algorithm
+            made.close()
+
+
+OWN: tuple[Callable[[MpiTransport], None], ...] = (
+    own_abort, through_the_host, messages_longer_than_mpi_counts, a_late_peer, who_is_late_in_an_all_to_all,
+    two_threads, made_again_and_again, over_some_ranks, refusals, bits_of_the_simulator,
+)  # fmt: skip
+ALL: dict[str, Callable[[MpiTransport], None]] = {
+    **{name: check for name, check in CHECKS.items() if name != "check_abort_wakes_whoever_waits"},
+    **{check.__name__: check for check in OWN},
+}
+
+
+def main(folder: Path) -> None:
+    """Runs all checks, also after one that fails: the others then show what still works."""
+    torch.set_num_threads(1)
+    t = MpiTransport.world(timeout=20)
+    report = dict.fromkeys(ALL, "did not come to it")
+    try:
+        for name, check in ALL.items():
+            try:
+                check(t)
+                report[name] = ""
+            except BaseException:  # noqa: BLE001  (pytest.fail is one, too)
+                report[name] = traceback.format_exc()
+    finally:
+        (folder / f"{world().Get_rank()}.json").write_text(json.dumps(report))
+    t.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
