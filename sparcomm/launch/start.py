@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -78,7 +78,7 @@ def init(backend: str | None = None, *, device: str | None = None, timeout: floa
             _launched = _joined(), dist.group.WORLD
             _say(_launched[0], "the process group was there already")
         return _agreeing(_launched[0], backend, device)
-    found = detect(os.environ)
+    found = _found()
     chosen = plan(found, _host(), backend=backend, device=device, threads_set="OMP_NUM_THREADS" in os.environ)
     here = torch.device(chosen.device)
     if chosen.threads:
@@ -92,6 +92,14 @@ def init(backend: str | None = None, *, device: str | None = None, timeout: floa
     where = f"at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}" if found.size > 1 else "alone"
     _say(launch, f"{where}, {torch.get_num_threads()} threads a rank, timeout {timeout:g} s")
     return launch
+
+
+def _found() -> Found:
+    found = detect(os.environ)
+    if found.launcher in MPI and "sparcomm.mpi_backend" in sys.modules:
+        # It has set the address itself, by way of MPI; that says nothing about what the user wants.
+        found = replace(found, host=None, port=None)
+    return found
 
 
 def _host() -> Host:
@@ -152,7 +160,8 @@ def _agree(store: Any, found: Found, chosen: Plan, limit: timedelta) -> None:
         store.wait(keys, limit)
         theirs = [store.get(key).decode() for key in keys]
         different = {rank: name for rank, name in enumerate(theirs, 1) if name != chosen.backend}
-        store.set(f"{prefix}/verdict", json.dumps(different and {0: chosen.backend, **different}))
+        different = different and {0: chosen.backend, **different}
+        store.set(f"{prefix}/verdict", json.dumps(different))
     if different:
         listed = ", ".join(f"rank {rank}: {name}" for rank, name in list(different.items())[:8])
         raise ConfigMismatch(
