@@ -26,7 +26,11 @@ ENV = {
 }
 LAUNCHER = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
 MISSING = (
-    "mpi4py is not installed" if importlib.util.find_spec("mpi4py") is None else "" if LAUNCHER else "there is no mpirun"
+    "mpi4py is not installed"
+    if importlib.util.find_spec("mpi4py") is None
+    else ""
+    if LAUNCHER
+    else "there is no mpirun"
 )
 
 

@@ -112,7 +112,17 @@ class MpiTransport(BaseTransport):
     def over(
         cls, ranks: Sequence[int], *, device: torch.device | str | None = None, timeout: timedelta | float = TIMEOUT
     ) -> MpiTransport:
-        """Over some ranks of the job, in that order. Collective over these; none of them may be missing."""
+        """Over some ranks of the job, in that order. Collective over these; none of them may be missing.
+
+        Raises:
+            ConfigError: not all ranks, and the job's others have not called ``world()``.
+        """
+        everyone = MPI.COMM_WORLD.Get_size()
+        if len(ranks) < everyone and not world.cache_info().currsize:
+            raise ConfigError(
+                f"transport over {len(ranks)} of {everyone} ranks: all ranks of the job must have called "
+                "sparcomm.transport.mpi.world.world() before, or have imported sparcomm.mpi_backend"
+            )
         if list(ranks) == list(range(world().Get_size())):
             return cls(device=device, timeout=timeout)
         group = world().Get_group().Incl(list(ranks))
@@ -159,7 +169,7 @@ class MpiTransport(BaseTransport):
                 made.Free()
 
     def _native_all_reduce(self, x: Tensor, op: Op) -> None:
-        """MPI's blocking Allreduce, behind a barrier with a time limit: Open MPI's Iallreduce takes three times as long.
+        """MPI's blocking Allreduce, behind a barrier with a time limit: Open MPI's Iallreduce takes 3 times as long.
 
         So only a rank that stops within the collective can make this one wait longer than the limit.
         """
