@@ -143,8 +143,10 @@ class MpiGroup(dist.ProcessGroup):
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> MpiWork:
         """The same as ``allreduce`` of each."""
-        opts = _options(c10d.AllreduceCoalescedOptions, opts, {})
-        return self._all("all_reduce_coalesced", [self.allreduce([t], opts) for t in tensors])
+        op = c10d.AllreduceOptions()
+        if opts is not None:
+            op.reduceOp, op.timeout = opts.reduceOp, opts.timeout
+        return self._all("all_reduce_coalesced", [self.allreduce([t], op) for t in tensors])
 
     def reduce(self, tensors: list[Tensor] | Tensor, opts: Any = None, **more: Any) -> MpiWork:
         """The root's tensor becomes the reduction of all ranks' tensors; the others keep theirs."""

@@ -14,7 +14,7 @@ from sparcomm.mpi_backend.work import Steps
 
 def check(t: Tensor, op: Any) -> None:
     """Raises ValueError unless the operation is a sum or mean."""
-    if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
+    if op != dist.ReduceOp.SUM and op != dist.ReduceOp.AVG:  # noqa: PLR1714  hashed and compared by torch's own rules
         raise ValueError(f"all_reduce of a sparse tensor of {t.dtype}: takes SUM and AVG")
 
 
@@ -32,4 +32,5 @@ def reduce_all(channel: Channel, t: Tensor, op: Any, tag: int) -> Steps:
         yield from channel.exchange(dict.fromkeys(everyone, part), dict(enumerate(rows)), tag)
         gathered.append(torch.cat(rows))
     total = torch.sparse_coo_tensor(gathered[0].t(), gathered[1], t.shape).coalesce()
-    t.detach().copy_(total / channel.size if op == dist.ReduceOp.AVG else total)
+    with torch.no_grad():
+        t.copy_(total / channel.size if op == dist.ReduceOp.AVG else total)
