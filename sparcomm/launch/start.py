@@ -46,7 +46,6 @@ class Launch:
 
 
 _launched: tuple[Launch, Any] | None = None  # and the process group it speaks of
-_times = 0
 
 
 def init(backend: str | None = None, *, device: str | None = None, timeout: float = TIMEOUT) -> Launch:
@@ -68,7 +67,7 @@ def init(backend: str | None = None, *, device: str | None = None, timeout: floa
         ConfigMismatch: ranks have chosen different backends; names who.
         PeerError: a rank did not come in time.
     """
-    global _launched, _times
+    global _launched
     if not timeout > 0:
         raise ConfigError(f"timeout={timeout!r}: must be a number of seconds above 0")
     if backend is not None and backend not in BACKENDS:
@@ -86,7 +85,6 @@ def init(backend: str | None = None, *, device: str | None = None, timeout: floa
     if here.type == "cuda":
         torch.cuda.set_device(here)
     _start(found, chosen, timedelta(seconds=timeout))
-    _times += 1
     launch = Launch(found.rank, found.size, found.local_rank, here, chosen.backend, found.launcher)
     _launched = launch, dist.group.WORLD
     where = f"at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}" if found.size > 1 else "alone"
@@ -121,8 +119,8 @@ def _start(found: Found, chosen: Plan, limit: timedelta) -> None:
     try:
         store, rank, size = next(rendezvous("env://", timeout=limit))
         store.set_timeout(limit)
-        _agree(store, found, chosen, limit)
-        own = dist.PrefixStore(f"sparcomm/launch/{_times}", store)  # pyright: ignore[reportPrivateImportUsage]
+        own = _own_part(store, found.size)
+        _agree(own, found, chosen, limit)
         dist.init_process_group(chosen.backend, timeout=limit, device_id=bound, store=own, rank=rank, world_size=size)
     except RuntimeError as error:  # torch's own errors of stores and backends are
         if isinstance(error, PeerError):
@@ -149,19 +147,29 @@ def _export(found: Found) -> None:
             os.environ[name] = str(value)
 
 
+def _own_part(store: Any, size: int) -> Any:
+    """A part of the store that this start of the job has to itself.
+
+    torchrun keeps one store over restarts, with the addresses of ranks that are gone; a group that is made again has
+    the same ranks' old ones. Every start has all ranks arrive once before any of them can go on.
+    """
+    prefix = f"sparcomm/launch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{size}"
+    start = (store.add(f"{prefix}/arrived", 1) - 1) // size
+    return dist.PrefixStore(f"{prefix}/{start}", store)  # pyright: ignore[reportPrivateImportUsage]
+
+
 def _agree(store: Any, found: Found, chosen: Plan, limit: timedelta) -> None:
     """Compares the backends before they are started: one rank with NCCL and one with Gloo would wait for each other."""
-    prefix = f"sparcomm/agree/{_times}"
     if found.rank:
-        store.set(f"{prefix}/{found.rank}", chosen.backend)
-        different = json.loads(store.get(f"{prefix}/verdict"))
+        store.set(f"backend/{found.rank}", chosen.backend)
+        different = json.loads(store.get("verdict"))
     else:
-        keys = [f"{prefix}/{rank}" for rank in range(1, found.size)]
+        keys = [f"backend/{rank}" for rank in range(1, found.size)]
         store.wait(keys, limit)
         theirs = [store.get(key).decode() for key in keys]
         different = {rank: name for rank, name in enumerate(theirs, 1) if name != chosen.backend}
         different = different and {0: chosen.backend, **different}
-        store.set(f"{prefix}/verdict", json.dumps(different))
+        store.set("verdict", json.dumps(different))
     if different:
         listed = ", ".join(f"rank {rank}: {name}" for rank, name in list(different.items())[:8])
         raise ConfigMismatch(

@@ -109,6 +109,23 @@ def test_ranks_compare_their_backends_first(different: int | None) -> None:
         assert f"rank {different}: nccl" in raised[0]
 
 
+def test_every_start_has_a_part_of_the_store_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun keeps one store over restarts: what an earlier start has left must not be found."""
+    store, size = dist.HashStore(), 3
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    first = [start._own_part(store, size) for _ in range(size)]
+    first[0].set("address", "old")
+    assert all(part.check(["address"]) for part in first)
+    second = [start._own_part(store, size) for _ in range(size)]
+    assert not any(part.check(["address"]) for part in second)
+    start._own_part(store, size)  # a rank that dies before the others arrive
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    restarted = [start._own_part(store, size) for _ in range(size)]
+    restarted[1].set("address", "new")
+    assert all(part.check(["address"]) for part in restarted)
+    assert first[1].get("address") == b"old"
+
+
 UNDER_MPIRUN = """
 import logging, os, sys
 logging.basicConfig(level=logging.INFO, stream=sys.stdout)
