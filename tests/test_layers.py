@@ -34,6 +34,7 @@ HOMES = {
     "torch.distributed": (
         "transport/torchdist",
         "ddp",
+        "mpi_backend",
         "launch",
         "doctor/facts",
         "doctor/selftest",

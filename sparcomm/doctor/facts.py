@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.cuda import nccl
 
-import sparcomm
+from sparcomm import __version__
 from sparcomm.errors import ConfigError
 from sparcomm.kernels import gpu
 from sparcomm.launch import detect
@@ -58,7 +58,7 @@ def version(package: str) -> str | None:
 
 def versions() -> dict[str, str | None]:
     """By what it is the version of; None = not installed."""
-    found: dict[str, str | None] = {"sparcomm": sparcomm.__version__, "python": platform.python_version()}
+    found: dict[str, str | None] = {"sparcomm": __version__, "python": platform.python_version()}
     found |= {name: version(name) for name in PACKAGES}
     found["cupy"] = next((f"{v} ({name})" for name in CUPY if (v := version(name))), None)
     found["CUDA"] = torch.version.cuda

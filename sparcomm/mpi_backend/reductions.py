@@ -149,4 +149,4 @@ def as_real(t: Tensor, op: Any) -> Tensor:
     kind = op.op if isinstance(op, dist.ReduceOp) else op
     if (name := getattr(kind, "name", str(kind))) not in _COMPLEX:
         raise ValueError(f"ReduceOp.{name} of {t.dtype}: complex tensors take {', '.join(sorted(_COMPLEX))}")
-    return torch.view_as_real(t.resolve_conj())
+    return torch.view_as_real(t)

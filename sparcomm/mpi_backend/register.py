@@ -44,7 +44,7 @@ def make(options: Any, _: object = None) -> MpiGroup:
         ConfigError: torch and MPI do not count the same ranks.
     """
     rank, size, ranks = options.group_rank, options.group_size, list(options.global_ranks_in_group)
-    comm = _default(rank, size) if not ranks else _subset(ranks, options.group_id)
+    comm = _default(rank, size) if not ranks else _subset(ranks)
     if (comm.Get_rank(), comm.Get_size()) != (rank, size):
         raise ConfigError(
             f"rank {rank} of {size} for torch is rank {comm.Get_rank()} of {comm.Get_size()} for MPI: must be the same"
@@ -67,9 +67,10 @@ def _default(rank: int, size: int) -> MPI.Intracomm:
     return _base["comm"].Dup()
 
 
-def _subset(ranks: list[int], name: str) -> MPI.Intracomm:
+def _subset(ranks: list[int]) -> MPI.Intracomm:
     base = _base.get("comm") or world()
-    if isinstance(dist.group.WORLD, MpiGroup) is False and dist.get_rank() != base.Get_rank():
+    if dist.get_rank() != base.Get_rank():
         raise ConfigError(f"rank {dist.get_rank()} for torch is rank {base.Get_rank()} for MPI: must be the same")
-    chosen = base.Get_group().Incl(ranks)
-    return base.Create_group(chosen, zlib.crc32(name.encode()) % TAGS)
+    # Not by the group's name: with use_local_synchronization torch counts groups in it, of which ranks have different
+    # numbers.
+    return base.Create_group(base.Get_group().Incl(ranks), zlib.crc32(repr(ranks).encode()) % TAGS)

@@ -12,8 +12,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 # Open MPI: as root, with more ranks than cores, which yield to each other. MPICH asks for none of it.
 ENV = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -32,11 +30,6 @@ MISSING = (
     if LAUNCHER
     else "there is no mpirun"
 )
-
-
-def needs_mpi(test: object) -> object:
-    """Marks a test (or, as ``pytestmark``, a file) that starts mpirun, and skips it, with the reason, without one."""
-    return pytest.mark.mpi(pytest.mark.skipif(bool(MISSING), reason=MISSING)(test))
 
 
 @dataclass

@@ -179,7 +179,7 @@ def bits_of_the_simulator(t: MpiTransport) -> None:
             t.all_gather(here, digest(made, algorithm))
             made.close()
             if t.rank == 0:
-                there = sim.run(t.size, digest, algorithm).results
+                there = sim.run(t.size, lambda rank, algorithm=algorithm: digest(rank, algorithm)).results
                 assert bits(here) == bits(torch.stack(there)), algorithm
 
 

@@ -7,6 +7,7 @@ after a look that took long: that one has moved data, and there is more of it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -68,6 +69,7 @@ def pending(requests: Sequence[MPI.Request]) -> list[int]:
 def strand(requests: Sequence[MPI.Request], *buffers: object) -> None:
     """Gives up requests: receives are cancelled, and what is under way keeps its memory for good."""
     for i in pending(requests):
-        requests[i].Cancel()
+        with contextlib.suppress(MPI.Exception):  # a collective cannot be cancelled
+            requests[i].Cancel()
         if not requests[i].Test():
             _stranded.append((requests[i], buffers))
