@@ -105,15 +105,28 @@ __device__ __forceinline__ half16 narrow_half(float x) {
     return result;
 }
 
+// A GPU's own conversions between these make one NaN of all; a CPU's keep the sign, and what there is room for.
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(double x) {
+    const u64 bits = bits_of(x);
+    if (x == x) return (float)x;
+    return from_bits((u32)(bits >> 32 & 0x80000000u) | 0x7FC00000u | (u32)(bits >> 29 & 0x3FFFFFu));
+}
+__device__ __forceinline__ double to_double(float x) {
+    const u32 bits = bits_of(x);
+    if (x == x) return (double)x;
+    return from_bits((u64)(bits & 0x80000000u) << 32 | 0x7FF8000000000000ull | (u64)(bits & 0x3FFFFFu) << 29);
+}
+
 // Casts as torch does, from the working dtype; float64 goes by way of float32 to 16 bits.
 __device__ __forceinline__ void cast(float x, float& out) { out = x; }
-__device__ __forceinline__ void cast(float x, double& out) { out = (double)x; }
+__device__ __forceinline__ void cast(float x, double& out) { out = to_double(x); }
 __device__ __forceinline__ void cast(double x, double& out) { out = x; }
-__device__ __forceinline__ void cast(double x, float& out) { out = (float)x; }
+__device__ __forceinline__ void cast(double x, float& out) { out = to_float(x); }
 __device__ __forceinline__ void cast(float x, half16& out) { out = narrow_half(x); }
-__device__ __forceinline__ void cast(double x, half16& out) { out = narrow_half((float)x); }
+__device__ __forceinline__ void cast(double x, half16& out) { out = narrow_half(to_float(x)); }
 __device__ __forceinline__ void cast(float x, bfloat16& out) { out = narrow_bfloat16(x); }
-__device__ __forceinline__ void cast(double x, bfloat16& out) { out = narrow_bfloat16((float)x); }
+__device__ __forceinline__ void cast(double x, bfloat16& out) { out = narrow_bfloat16(to_float(x)); }
 
 __device__ __forceinline__ float largest(float) { return from_bits(0x7F7FFFFFu); }
 __device__ __forceinline__ double largest(double) { return from_bits((u64)0x7FEFFFFFFFFFFFFFull); }
@@ -236,17 +249,21 @@ __device__ __forceinline__ u32 block_exclusive(u32 value, u32* scratch, u32& tot
 
 // ---- tiles in order ----------------------------------------------------------------------------------------------
 
-// The next tile, for all threads of the block. Tiles that are claimed in this order can wait for earlier ones: whoever
-// has those is running. Barriers.
-__device__ __forceinline__ i64 claim_tile(u64* counter, u64* shared) {
+// A block's first claim of a tile: to be made by its first thread, before `claim_tile`.
+__device__ __forceinline__ u64 claim_ahead(u64* counter) { return threadIdx.x == 0 ? atomicAdd(counter, 1ull) : 0; }
+
+// The tile that was claimed last, for all threads of the block; the next one is claimed meanwhile, so that nobody waits
+// for the counter. Tiles that are claimed in order can wait for earlier ones: whoever has those goes through them in
+// order, too. Barriers.
+__device__ __forceinline__ i64 claim_tile(u64* counter, u64* shared, u64& ahead) {
     __syncthreads();
-    if (threadIdx.x == 0) *shared = atomicAdd(counter, 1ull);
+    if (threadIdx.x == 0) *shared = ahead, ahead = atomicAdd(counter, 1ull);
     __syncthreads();
     return (i64)*shared;
 }
 
 // Decoupled look-back (Merrill & Garland, "Single-pass Parallel Prefix Scan with Decoupled Look-back", 2016): the sum
-// of the totals of all earlier tiles. Called by the first warp of a block, all 32 lanes, with the tile's own total
+// of the totals of all earlier tiles. Called by one warp of a block, all 32 lanes, with the tile's own total
 // below 2^62; all of them get the result. status: a zeroed word per tile. State and sum share one word, so that no
 // fence is needed: 0 = nothing yet, 1 = the tile's own total, 2 = that of all tiles up to it.
 __device__ __forceinline__ u64 look_back(u64* status, i64 tile, u64 total) {
@@ -258,10 +275,11 @@ __device__ __forceinline__ u64 look_back(u64* status, i64 tile, u64 total) {
         const i64 at = end - 1 - lane;
         u64 word = sum;
         if (at >= 0) {
-            word = atomicAdd(status + at, 0ull);
+            const volatile u64* place = status + at;  // past the multiprocessor's own cache, which would not see changes
+            word = *place;
             while (!(word >> 62)) {
                 spin();
-                word = atomicAdd(status + at, 0ull);
+                word = *place;
             }
         }
         const u32 known = __ballot_sync(ALL, (word >> 62) == 2);

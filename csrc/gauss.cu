@@ -2,7 +2,8 @@
 // Shi et al., arXiv 1911.08772. WORK: dtype. Sums are made in an order that depends on n only.
 #include "common.cuh"
 
-#define PARTS 256     // of a vector, each summed by one block
+#define PARTS 1024    // of a vector, each summed by one block
+#define EACH 8        // loads that a thread has on their way at once
 #define THRESHOLD 0   // words of the state: what came of the last adjustment
 #define COUNTED 1     // what was counted for last
 #define LEFT 2        // adjustments that are left; 0: it stays
@@ -27,11 +28,18 @@ __device__ __forceinline__ Moments summed(Moments own, double* scratch) {
 
 // Of x - x[0], so that what all elements share does not drown what they differ in; elements begin, begin + THREADS, ...
 __device__ __forceinline__ Moments moments_of(const WORK* x, i64 begin, i64 end) {
-    const double shift = (double)x[0];
+    const WORK first = x[0];
+    const double shift = (double)first;
     Moments own = {0, 0};
-    for (i64 i = begin + threadIdx.x; i < end; i += THREADS) {
-        const double d = (double)x[i] - shift;
-        own.total += d, own.square += d * d;
+    for (i64 base = begin + threadIdx.x; base < end; base += EACH * THREADS) {
+        WORK part[EACH];
+#pragma unroll
+        for (int j = 0; j < EACH; j++) part[j] = base + j * THREADS < end ? x[base + j * THREADS] : first;
+#pragma unroll
+        for (int j = 0; j < EACH; j++) {
+            const double d = (double)part[j] - shift;
+            if (base + j * THREADS < end) own.total += d, own.square += d * d;
+        }
     }
     return own;
 }
@@ -52,7 +60,27 @@ __device__ __forceinline__ bool adjust(double& threshold, double found, double w
     return true;
 }
 
-__device__ __forceinline__ u32 exceeds(WORK x, double threshold) { return fabs((double)x) > threshold; }
+// What the magnitudes that exceed a threshold exceed, too, in their own dtype: many GPUs are slow at doubles.
+__device__ __forceinline__ double bound_of(double threshold, double) { return threshold; }
+__device__ __forceinline__ float bound_of(double threshold, float) {
+    if (threshold < 0) return -1;
+    const float near = (float)threshold;
+    return (double)near > threshold ? from_bits(bits_of(near) - 1) : near;  // down; from inf to the largest
+}
+
+// How many magnitudes of this thread's elements exceed a threshold: elements begin, begin + step, ...
+__device__ __forceinline__ u32 exceeding(const WORK* x, i64 begin, i64 n, i64 step, double threshold) {
+    const WORK bound = bound_of(threshold, (WORK)0);
+    u32 found = 0;
+    for (i64 base = begin; base < n; base += EACH * step) {
+        WORK part[EACH];
+#pragma unroll
+        for (int j = 0; j < EACH; j++) part[j] = base + j * step < n ? x[base + j * step] : (WORK)0;
+#pragma unroll
+        for (int j = 0; j < EACH; j++) found += base + j * step < n && fabs(part[j]) > bound;
+    }
+    return found;
+}
 
 // All of it by one block of threads, for a vector that one block is soon through with. out: (2,) as in the interface.
 KERNEL gaussian_small(const WORK* x, i64 n, double z, double wanted, double doubt, i64 times, double* out) {
@@ -63,8 +91,7 @@ KERNEL gaussian_small(const WORK* x, i64 n, double z, double wanted, double doub
         __syncthreads();
         if (threadIdx.x == 0) found = 0;
         __syncthreads();
-        u32 own = 0;
-        for (i64 i = threadIdx.x; i < n; i += THREADS) own += exceeds(x[i], threshold);
+        const u32 own = exceeding(x, threadIdx.x, n, THREADS, threshold);
         if (own) atomicAdd(&found, (u64)own);
         __syncthreads();
         counted = threshold;
@@ -84,7 +111,8 @@ KERNEL moments(const WORK* x, i64 n, double* partial) {
 // One block: the first threshold, from the parts.
 KERNEL begin(const WORK* x, i64 n, double z, i64 times, const double* partial, double* state) {
     __shared__ double scratch[2 * WARPS];
-    const Moments own = {partial[threadIdx.x], partial[PARTS + threadIdx.x]};
+    Moments own = {0, 0};
+    for (int i = threadIdx.x; i < PARTS; i += THREADS) own.total += partial[i], own.square += partial[PARTS + i];
     const double threshold = threshold_of(x, n, z, summed(own, scratch));
     if (threadIdx.x == 0) state[COUNTED] = state[THRESHOLD] = threshold, state[LEFT] = (double)times;
 }
@@ -96,8 +124,7 @@ KERNEL count(const WORK* x, i64 n, const double* state, u64* found) {
     if (threadIdx.x == 0) total = 0;
     __syncthreads();
     const double threshold = state[THRESHOLD];
-    u32 own = 0;
-    for (i64 i = first_item(); i < n; i += stride()) own += exceeds(x[i], threshold);
+    u32 own = exceeding(x, first_item(), n, stride(), threshold);
     for (int by = 16; by; by /= 2) own += __shfl_xor_sync(ALL, own, by);
     if ((threadIdx.x & 31) == 0 && own) atomicAdd(&total, (u64)own);
     __syncthreads();

@@ -19,12 +19,12 @@ KERNEL narrow(const WORK* value, i64 k, WIRE* out, WORK* decoded) {
         for (int j = 0; j < EACH; j++) {
             const i64 at = base + j * THREADS;
             if (at >= k) continue;
-            float cut = (float)x[j];
+            float cut = to_float(x[j]);
             if (is_finite(x[j])) cut = cut > limit ? limit : cut < -limit ? -limit : cut;
             WIRE short_;
             cast(cut, short_);
             out[at] = short_;
-            decoded[at] = (WORK)widen(short_);
+            cast(widen(short_), decoded[at]);
         }
     }
 }

@@ -12,15 +12,16 @@
 #include "common.cuh"
 
 #define BINS 2048
-#define ROWS 2                               // of 128 positions that a warp takes of a tile: more would not fit into registers
+#define ROWS 2                               // of 128 positions that a warp takes of a tile
 #define ITEMS (4 * ROWS)                     // positions of a thread
 #define TILE (THREADS * ITEMS)
+#define SPAN 4                               // tiles that a block counts before it asks what comes before them: 32 bits a thread
 #define PLAN_KEY 0    // the bits of the k-th largest that are known, the others zero
 #define PLAN_NEED 1   // how many of those that share them are wanted
 #define PLAN_SHARE 2  // how many do
 #define PLAN_LISTED 3 // entries that `collect` copies; -1: too many
 #define PLAN_LIMIT 4  // how many of the first kind `emit` writes at most
-#define PLAN_CLAIM 5  // tiles claimed by collect, emit
+#define PLAN_CLAIM 5  // spans of tiles claimed by collect, emit
 
 typedef decltype(key_of((WORK)0)) Key;
 #define KEY_BITS (8 * (int)sizeof(Key) - 1)
@@ -48,7 +49,7 @@ __device__ __forceinline__ void load_tile(const Sums& s, const Cut& cut, i64 til
         const i64 first = at < s.length ? to_global(at, cut) : cut.numel;
         if (vectors && at + 4 <= s.length && side_by_side(at, cut) && first % 4 == 0 && first + 4 <= cut.numel) {
             const uint4* p = (const uint4*)(s.x + first);
-            WORK four[4];
+            __align__(16) WORK four[4];
             for (int i = 0; i < (int)(sizeof(four) / sizeof(uint4)); i++) ((uint4*)four)[i] = p[i];
             for (int e = 0; e < 4; e++) v[4 * r + e] = four[e];
         } else {
@@ -76,50 +77,63 @@ __device__ __forceinline__ void load_tile(const Sums& s, const Cut& cut, i64 til
     __syncthreads();
 }
 
-// For each of this warp's lanes: how many bits of `bits` (item i = bit i) there are before its item 0 of each row, in
-// before[r], and in all of them.
-__device__ __forceinline__ u32 rank_in_warp(u32 bits, u32 before[ROWS]) {
+// The sum at a position of a tile, as load_tile says.
+__device__ __forceinline__ WORK sum_at(const Sums& s, const Cut& cut, i64 tile, i64 at) {
+    const i64 j = to_global(at, cut);
+    if (j >= cut.numel) return (WORK)0;
+    if (s.m) {
+        const i64 begin = s.starts[tile], i = begin + search(s.index + begin, s.starts[tile + 1] - begin, at, true);
+        if (i > begin && s.index[i - 1] == at) return s.value[i - 1];
+    }
+    return s.x[j];
+}
+
+// How many bits of `bits` (item i of tile p of a span = bit ITEMS p + i) there are in the span; before: in lane l how
+// many there are before those of warp l % WARPS in tile l / WARPS. scratch: (32,) shared. Barriers.
+__device__ __forceinline__ u32 rank_in_span(u32 bits, u32& before, u32* scratch) {
+    const u32 lane = threadIdx.x & 31;
+    u64 counts = 0;  // 16 bits for each tile
+    for (int p = 0; p < SPAN; p++) counts |= (u64)__popc(bits >> (ITEMS * p) & ((1u << ITEMS) - 1)) << (16 * p);
+    for (int by = 16; by; by /= 2) counts += __shfl_xor_sync(ALL, counts, by);
+    __syncthreads();  // whoever read scratch last has done so
+    if (lane < SPAN) scratch[lane * WARPS + threadIdx.x / 32] = (u32)(counts >> (16 * lane)) & 0xFFFF;
+    __syncthreads();
+    const u32 own = scratch[lane], inclusive = warp_inclusive(own);
+    before = inclusive - own;
+    return __shfl_sync(ALL, inclusive, 31);
+}
+
+// How many bits of a tile (item i = bit i) the warp has before this lane's item 0 of a row: of row 1 in the upper half,
+// of row 0 in the lower one.
+__device__ __forceinline__ u32 rank_in_warp(u32 bits) {
     const u32 below = (1u << (threadIdx.x & 31)) - 1;
-    u32 total = 0;
+    u32 before = 0, total = 0;
     for (int r = 0; r < ROWS; r++) {
         u32 mine = total;
         for (int e = 0; e < 4; e++) {
             const u32 set = __ballot_sync(ALL, (int)(bits >> (4 * r + e) & 1));
             mine += (u32)__popc(set & below), total += (u32)__popc(set);
         }
-        before[r] = mine;
+        before |= mine << (16 * r);
     }
-    return total;
+    return before;
 }
 
-// How many bits there are before this thread's item 0 of each row in the tile, in before[r], and in the tile. scratch:
-// (WARPS,) shared. Barriers.
-__device__ __forceinline__ u32 rank_in_tile(u32 bits, u32 before[ROWS], u32* scratch) {
-    const u32 own = rank_in_warp(bits, before), warp = threadIdx.x / 32;
-    __syncthreads();
-    if ((threadIdx.x & 31) == 0) scratch[warp] = own;
-    __syncthreads();
-    u32 earlier = 0, total = 0;
-    for (u32 w = 0; w < WARPS; w++) {
-        if (w < warp) earlier += scratch[w];
-        total += scratch[w];
-    }
-    for (int r = 0; r < ROWS; r++) before[r] += earlier;
-    return total;
+// How many bits the warp has before item i of this lane.
+__device__ __forceinline__ u32 rank_of(u32 bits, u32 before, int i) {
+    return (before >> (16 * (i / 4)) & 0xFFFF) + (u32)__popc(bits >> (i & 4) & ((1u << (i & 3)) - 1));
 }
 
-__device__ __forceinline__ u32 set_before(u32 bits, int r, int e) { return (u32)__popc(bits >> (4 * r) & ((1u << e) - 1)); }
-
-// look_back by the first warp, for all threads. shared: one word. Barriers.
-__device__ __forceinline__ u64 earlier_tiles(u64* status, i64 tile, u64 total, u64* shared) {
-    if (threadIdx.x < 32) {
-        const u64 before = look_back(status, tile, total);
-        if (threadIdx.x == 0) *shared = before;
+// look_back by the first `lists` warps, of a count each: many, others. Status words of the second come behind `spans`
+// of the first. shared: a word for each. A barrier; another one has to come before the next call.
+__device__ __forceinline__ void earlier_spans(u64* status, i64 spans, i64 span, int lists, u64 many, u64 others,
+                                              u64* shared) {
+    const u32 warp = threadIdx.x / 32;
+    if (warp < (u32)lists) {
+        const u64 before = look_back(status + warp * spans, span, warp ? others : many);
+        if ((threadIdx.x & 31) == 0) shared[warp] = before;
     }
     __syncthreads();
-    const u64 result = *shared;
-    __syncthreads();
-    return result;
 }
 
 // One thread: what a selection starts with.
@@ -186,37 +200,48 @@ KERNEL boundary(const u64* hist, i64* plan, i64 bits, i64 shift, i64 room) {
     if (room) plan[PLAN_LISTED] = (i64)above + inside <= room ? (i64)above + inside : -1;
 }
 
-// Copies the sums of a block from the boundary's bin on, in the order of their positions.
+// Copies the sums of a block from the boundary's bin on, in the order of their positions. A span of tiles is looked at
+// twice: what is taken of it is read again, from the cache, since all of it would not fit into registers.
 KERNEL collect(const WORK* x, const i64* index, const WORK* value, const i64* starts, i64 m, const i64* slot, i64 block,
                i64 blocks, i64 tile, i64 rounds, i64 numel, i64* plan, u64* status, i64* listed_index,
                WORK* listed_value) {
     __shared__ WORK room[TILE];
-    __shared__ u32 scratch[WARPS];
-    __shared__ u64 word;
-    if (plan[PLAN_LISTED] < 0) return;
+    __shared__ u32 scratch[32];
+    __shared__ u64 words[2];
     const i64 listed = plan[PLAN_LISTED];
+    if (listed < 0) return;
     const Key least = (Key)plan[PLAN_KEY];
     const Cut cut = cut_of(slot, block, blocks, tile, rounds, numel);
     const Sums s = {x, index, value, starts, m, rounds * tile};
+    u64* counter = (u64*)plan + PLAN_CLAIM;
+    u64 ahead = claim_ahead(counter);
     for (;;) {
-        const i64 t = claim_tile((u64*)plan + PLAN_CLAIM, &word);
-        if (t * TILE >= s.length) break;
-        WORK v[ITEMS];
-        load_tile(s, cut, t, v, room);
-        u32 bits = 0, before[ROWS];
-        for (int r = 0; r < ROWS; r++)
-            for (int e = 0; e < 4; e++)
-                if (key_of(v[4 * r + e]) >= least && t * TILE + place_of(r, e) < s.length) bits |= 1u << (4 * r + e);
-        const u32 total = rank_in_tile(bits, before, scratch);
-        const i64 first = (i64)earlier_tiles(status, t, total, &word);
-        for (int r = 0; r < ROWS; r++)
-            for (int e = 0; e < 4; e++) {
-                const i64 at = first + before[r] + set_before(bits, r, e);
-                if ((bits >> (4 * r + e) & 1) && at < listed) {
-                    listed_index[at] = t * TILE + place_of(r, e);
-                    listed_value[at] = v[4 * r + e];
-                }
+        const i64 span = claim_tile(counter, words, ahead), start = span * SPAN;
+        if (start * TILE >= s.length) break;
+        u32 bits = 0, lower;
+#pragma unroll 1
+        for (int p = 0; p < SPAN; p++) {
+            if ((start + p) * TILE >= s.length) break;
+            WORK v[ITEMS];
+            load_tile(s, cut, start + p, v, room);
+            for (int i = 0; i < ITEMS; i++)
+                if (key_of(v[i]) >= least && (start + p) * TILE + place_of(i / 4, i % 4) < s.length)
+                    bits |= 1u << (ITEMS * p + i);
+        }
+        const u32 total = rank_in_span(bits, lower, scratch);
+        earlier_spans(status, 0, span, 1, total, 0, words + 1);
+#pragma unroll 1
+        for (int p = 0; p < SPAN; p++, bits >>= ITEMS) {
+            const u32 before = rank_in_warp(bits);
+            const i64 first = (i64)words[1] + __shfl_sync(ALL, lower, p * WARPS + (int)threadIdx.x / 32);
+            for (u32 left = bits & ((1u << ITEMS) - 1); left; left &= left - 1) {
+                const int i = __ffs((int)left) - 1;
+                const i64 at = first + rank_of(bits, before, i), place = (start + p) * TILE + place_of(i / 4, i % 4);
+                if (at >= listed) break;
+                listed_index[at] = place;
+                listed_value[at] = sum_at(s, cut, start + p, place);
             }
+        }
     }
 }
 
@@ -291,48 +316,61 @@ KERNEL fill_up(i64* plan, i64 k) {
 // Writes positions and sums, in order, of two kinds: the first PLAN_LIMIT above a key, and the first PLAN_NEED of those
 // that equal it or, if `filling`, of all others, as zeros.
 //
-// key: taken from the plan if negative. out_index, out_value: (k,); either may be null. claim: which word of the plan
-// counts tiles. status: two zeroed words for each tile.
+// key: taken from the plan if negative. out_index, out_value: (k,); the latter may be null. claim: which word of the plan
+// counts spans. status: two zeroed words for each of `spans`.
 KERNEL emit(const WORK* x, const i64* index, const WORK* value, const i64* starts, i64 m, const i64* slot, i64 block,
             i64 blocks, i64 tile, i64 rounds, i64 numel, i64* plan, const i64* listed_index, const WORK* listed_value,
-            i64 key, i64 filling, i64 claim, u64* status, i64 tiles, i64 k, i64* out_index, WORK* out_value) {
+            i64 key, i64 filling, i64 claim, u64* status, i64 spans, i64 k, i64* out_index, WORK* out_value) {
     __shared__ WORK room[TILE];
-    __shared__ u32 scratch[WARPS];
-    __shared__ u64 word;
+    __shared__ u32 scratch[32];
+    __shared__ u64 words[3];
     const Cut cut = cut_of(slot, block, blocks, tile, rounds, numel);
     const Sums s = {x, index, value, starts, m, rounds * tile};
     const i64 listed = plan[PLAN_LISTED], items = listed < 0 ? s.length : listed;
     const i64 need = plan[PLAN_NEED], limit = plan[PLAN_LIMIT];
     const Key bound = (Key)(key < 0 ? plan[PLAN_KEY] : key);
+    u64* counter = (u64*)plan + claim;
+    u64 ahead = claim_ahead(counter);
     for (;;) {
-        const i64 t = claim_tile((u64*)plan + claim, &word);
-        if (t * TILE >= items) break;
-        WORK v[ITEMS];
-        load_rest(s, cut, listed, listed_value, t, v, room);
-        u32 larger = 0, other = 0, before_larger[ROWS], before_other[ROWS];
-        for (int r = 0; r < ROWS; r++)
-            for (int e = 0; e < 4; e++) {
-                const Key mine = key_of(v[4 * r + e]);
-                const bool inside = t * TILE + place_of(r, e) < items;
-                if (inside && mine > bound) larger |= 1u << (4 * r + e);
-                if (inside && (filling ? mine <= bound : mine == bound)) other |= 1u << (4 * r + e);
+        const i64 span = claim_tile(counter, words, ahead), start = span * SPAN;
+        if (start * TILE >= items) break;
+        u32 larger = 0, other = 0, lower_larger, lower_other;
+#pragma unroll 1
+        for (int p = 0; p < SPAN; p++) {
+            if ((start + p) * TILE >= items) break;
+            WORK v[ITEMS];
+            load_rest(s, cut, listed, listed_value, start + p, v, room);
+            for (int i = 0; i < ITEMS; i++) {
+                const Key mine = key_of(v[i]);
+                const bool inside = (start + p) * TILE + place_of(i / 4, i % 4) < items;
+                if (inside && mine > bound) larger |= 1u << (ITEMS * p + i);
+                if (inside && (filling ? mine <= bound : mine == bound)) other |= 1u << (ITEMS * p + i);
             }
-        const u32 many = rank_in_tile(larger, before_larger, scratch);
-        const u32 others = rank_in_tile(other, before_other, scratch);
-        const i64 first = (i64)earlier_tiles(status, t, many, &word);
-        const i64 first_other = (i64)earlier_tiles(status + tiles, t, others, &word);
-        for (int r = 0; r < ROWS; r++)
-            for (int e = 0; e < 4; e++) {
-                const i64 a = first + before_larger[r] + set_before(larger, r, e);
-                const i64 b = first_other + before_other[r] + set_before(other, r, e);
-                const bool is_larger = (larger >> (4 * r + e) & 1) && a < limit;
-                const bool is_other = (other >> (4 * r + e) & 1) && b < need;
+        }
+        const u32 many = rank_in_span(larger, lower_larger, scratch);
+        const u32 others = rank_in_span(other, lower_other, scratch);
+        earlier_spans(status, spans, span, 2, many, others, words + 1);
+#pragma unroll 1
+        for (int p = 0; p < SPAN; p++, larger >>= ITEMS, other >>= ITEMS) {
+            const u32 before_larger = rank_in_warp(larger), before_other = rank_in_warp(other);
+            const int from = p * WARPS + (int)threadIdx.x / 32;
+            const i64 first = (i64)words[1] + __shfl_sync(ALL, lower_larger, from);
+            const i64 first_other = (i64)words[2] + __shfl_sync(ALL, lower_other, from);
+            const u32 wanted = (first < limit ? larger : 0) | (first_other < need ? other : 0);
+            for (u32 left = wanted & ((1u << ITEMS) - 1); left; left &= left - 1) {
+                const int i = __ffs((int)left) - 1;
+                const i64 a = first + rank_of(larger, before_larger, i), b = first_other + rank_of(other, before_other, i);
+                const bool is_larger = larger >> i & 1;
                 const i64 at = (a < limit ? a : limit) + (b < need ? b : need);
-                if ((is_larger || is_other) && at < k) {
-                    const i64 place = t * TILE + place_of(r, e);
-                    out_index[at] = listed < 0 ? place : listed_index[place];
-                    if (out_value) out_value[at] = is_other && filling ? (WORK)0 : v[4 * r + e];
-                }
+                if ((is_larger ? a >= limit : b >= need) || at >= k) continue;
+                const i64 place = (start + p) * TILE + place_of(i / 4, i % 4);
+                out_index[at] = listed < 0 ? place : listed_index[place];
+                if (!out_value) continue;
+                if (filling && !is_larger)
+                    out_value[at] = 0;
+                else
+                    out_value[at] = listed < 0 ? sum_at(s, cut, start + p, place) : listed_value[place];
             }
+        }
     }
 }

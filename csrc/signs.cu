@@ -3,7 +3,7 @@
 #include "common.cuh"
 
 #define PACK (16 / sizeof(WORK))  // numbers that are read or written at once
-#define STRETCH 16384             // elements whose magnitudes a block adds up on its own
+#define STRETCH 8192              // elements whose magnitudes a block adds up on its own
 
 struct __align__(16) Numbers {
     WORK at[PACK];

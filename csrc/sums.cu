@@ -2,7 +2,8 @@
 // dtype. Nothing is ever taken out of a list: of entries with one index the last one counts.
 #include "common.cuh"
 
-#define TILE 2048  // positions, as in select.cu
+#define BINS 2048  // of magnitudes, as in select.cu
+#define TILE 2048  // positions, likewise
 
 #define BIN_SHIFT (8 * (int)sizeof(WORK) - 12)  // of the top 11 bits below the sign
 
@@ -18,6 +19,9 @@ KERNEL tile_starts(const i64* index, i64 m, i64 tiles, i64* starts) {
 KERNEL absorb(const WORK* x, const i64* index, const WORK* value, i64 m, const i64* more, const WORK* extra,
               i64 new_entries, const i64* slot, i64 block, i64 blocks, i64 tile, i64 rounds, i64 numel, i64 mode,
               u8* flags, u64* hist, i64* out_index, WORK* out_value) {
+    __shared__ u32 changes[BINS];  // modulo 2^32; most magnitudes are in a few bins, where global atomics would queue up
+    for (u32 b = threadIdx.x; b < BINS; b += THREADS) changes[b] = 0;
+    __syncthreads();
     const Cut cut = cut_of(slot, block, blocks, tile, rounds, numel);
     const i64 length = rounds * tile;
     u32 bad = 0;
@@ -40,15 +44,18 @@ KERNEL absorb(const WORK* x, const i64* index, const WORK* value, i64 m, const i
             if (mode != 2 && !is_finite(sum)) bad |= NONFINITE;
             if (mode == 0 && hist) {
                 const u32 was = (u32)(key_of(old) >> BIN_SHIFT), is = (u32)(key_of(sum) >> BIN_SHIFT);
-                if (was != is && was) atomicAdd(hist + was, ~(u64)0);  // minus one
-                if (was != is && is) atomicAdd(hist + is, (u64)1);
+                if (was != is && was) atomicAdd(changes + was, ALL);  // minus one
+                if (was != is && is) atomicAdd(changes + is, 1u);
             }
         }
         if (!inside && mode != 2) bad |= DAMAGED;
         out_index[to] = at, out_value[to] = sum;
     }
-    bad = block_or(bad);
+    bad = block_or(bad);  // a barrier
     if (threadIdx.x == 0) raise_flag(flags, bad);
+    if (mode == 0 && hist)
+        for (u32 b = threadIdx.x; b < BINS; b += THREADS)
+            if (changes[b]) atomicAdd(hist + b, (u64)(i64)(int)changes[b]);
 }
 
 // out = sums at wanted positions: those that the list has. Elsewhere they are the same already.

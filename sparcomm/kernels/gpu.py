@@ -41,11 +41,23 @@ def obstacle(capability: tuple[int, int], version: str | None, cupy: str = "cupy
     return ""
 
 
+def trial(device: torch.device) -> str:
+    """Why a first kernel does not run on a device; "" if it does. To compile it takes a second, the first time."""
+    try:
+        from sparcomm.kernels import cuda
+
+        cuda.checksum(torch.zeros(4, dtype=torch.int32, device=device))
+    except Exception as error:  # noqa: BLE001  from a missing compiler library to a driver that is too old
+        said = " ".join(str(error).split())
+        return f"a first one could not be compiled or started ({type(error).__name__}: {said[:300]})"
+    return ""
+
+
 @functools.cache
 def runs_on(device: torch.device) -> bool:
     """Whether the CUDA kernels run on a CUDA device. Warns if not, but once in a process."""
     with _lock:
-        found = obstacle(torch.cuda.get_device_capability(device), torch.version.cuda)
+        found = obstacle(torch.cuda.get_device_capability(device), torch.version.cuda) or trial(device)
         if found:
             warn_once(found)
     return not found

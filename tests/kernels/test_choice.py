@@ -11,6 +11,7 @@ import torch
 
 from sparcomm import kernels
 from sparcomm.kernels import gpu
+from support import emulator
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -46,6 +47,14 @@ def test_old_and_foreign_gpus_are_not_asked_for_cupy() -> None:
     assert gpu.obstacle((6, 1), "12.8", "no_such_module") == "the GPU has compute capability 6.1, and they need 7.0"
     assert gpu.obstacle((7, 0), "12.8", "json") == ""
     assert "not built for CUDA" in gpu.obstacle((9, 0), None, "no_such_module")
+
+
+def test_a_device_whose_kernels_cannot_be_compiled_goes_without() -> None:
+    nowhere = torch.device("meta")  # no launcher knows it, and there is no CuPy here, or no GPU
+    if not torch.cuda.is_available():
+        assert gpu.trial(nowhere).startswith("a first one could not be compiled or started (")
+    if emulator.available():
+        assert gpu.trial(torch.device("cpu")) == ""
 
 
 def test_the_warning_comes_once_in_a_process() -> None:

@@ -28,7 +28,7 @@ def by_hand(x: torch.Tensor, z: float, wanted: float, doubt: float, times: int) 
     return [counted, threshold]
 
 
-@pytest.mark.parametrize("n", [1, 31, 33, 5000, 70_001])
+@pytest.mark.parametrize("n", [1, 31, 33, 5000, 17_001])
 @pytest.mark.parametrize("dtype", WORKING)
 def test_thresholds_are_those_of_the_rule(kernels: Any, dtype: torch.dtype, n: int) -> None:
     for kind in ("normal", "spread"):
@@ -50,7 +50,7 @@ def test_what_all_share_does_not_drown_what_they_differ_in(kernels: Any) -> None
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_thresholds_of_what_is_not_finite_are_not_finite(kernels: Any, bad: float) -> None:
-    for n in (100, 70_000):
+    for n in (100, 17_000):
         x = data("normal", n, torch.float32)
         x[n // 2] = bad
         assert not kernels.gaussian(x, 1.0, 10, 0.0, 3).isfinite().any()

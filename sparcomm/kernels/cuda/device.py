@@ -21,7 +21,7 @@ from cupy.cuda import nvrtc
 
 from sparcomm.errors import SparcommError
 from sparcomm.kernels.cuda import texts
-from sparcomm.kernels.cuda.launch import THREADS, Argument
+from sparcomm.kernels.cuda.launch import THREADS, Argument, plain
 from sparcomm.kernels.folder import fallback_folder, is_private
 
 
@@ -59,7 +59,7 @@ class Gpu:
             if function is None:
                 function = self._function(text, kernel, options, index)
             stream = _Stream(torch.cuda.current_stream(index).cuda_stream)
-            function((grid,), (THREADS,), tuple(arguments), stream=stream)
+            function((grid,), (THREADS,), tuple(map(plain, arguments)), stream=stream)
 
     def _function(self, text: str, kernel: str, options: tuple[str, ...], index: int) -> Any:
         with self._compiling:

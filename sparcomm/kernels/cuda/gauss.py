@@ -8,8 +8,8 @@ from torch import Tensor
 from sparcomm.kernels.checks_sums import check_gaussian
 from sparcomm.kernels.cuda.launch import run
 
-SMALL = 1 << 16  # elements that one block of threads goes through sooner than a device starts several kernels
-PARTS = 256
+SMALL = 1 << 14  # elements that one block of threads goes through sooner than a device starts several kernels
+PARTS = 1024  # as in the text
 
 
 def gaussian(x: Tensor, z: float, wanted: float, doubt: float, times: int) -> Tensor:
@@ -25,6 +25,6 @@ def gaussian(x: Tensor, z: float, wanted: float, doubt: float, times: int) -> Te
     run("gauss", "moments", n, x, x, n, partial, grid=PARTS, WORK=x.dtype)
     run("gauss", "begin", 1, x, x, n, float(z), times, partial, state, grid=1, WORK=x.dtype)
     for count in found[:times]:
-        run("gauss", "count", n, x, x, n, state, count, each=4, WORK=x.dtype)
+        run("gauss", "count", n, x, x, n, state, count, each=8, WORK=x.dtype)
         run("gauss", "adjusted", 1, x, state, count, *numbers, grid=1, WORK=x.dtype)
     return state[:2].flip(0)

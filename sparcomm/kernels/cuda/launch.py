@@ -16,7 +16,7 @@ from sparcomm.kernels.cuda.texts import macros
 THREADS = 256  # of a block, as in csrc/common.cuh
 CROWD = 8  # blocks per multiprocessor that a pass over a vector is spread over
 
-Argument = int | float
+Argument = Tensor | float | None
 
 
 class Launcher(Protocol):
@@ -47,7 +47,7 @@ def run(
     kernel: str,
     items: int,
     like: Tensor,
-    *arguments: Tensor | float | None,
+    *arguments: Argument,
     each: int = 1,
     grid: int | None = None,
     **types: torch.dtype,
@@ -68,7 +68,7 @@ def run(
     launcher = launchers.get(device.type) or _launcher(device)
     if grid is None:
         grid = min(-(-items // (THREADS * each)), CROWD * launcher.multiprocessors(device))
-    launcher.launch(text, kernel, macros(types), grid, [_plain(a) for a in arguments], device)
+    launcher.launch(text, kernel, macros(types), grid, arguments, device)
 
 
 def multiprocessors(like: Tensor) -> int:
@@ -82,7 +82,8 @@ def _launcher(device: torch.device) -> Launcher:
     return launchers.setdefault(device.type, Gpu())
 
 
-def _plain(argument: Tensor | float | None) -> Argument:
+def plain(argument: Argument) -> int | float:
+    """What a kernel gets: an address, 0 for None, an integer or a float."""
     if isinstance(argument, Tensor):
         return argument.data_ptr()
     return 0 if argument is None else argument if isinstance(argument, float) else int(argument)

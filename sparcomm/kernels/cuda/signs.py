@@ -11,7 +11,7 @@ from sparcomm.kernels.checks import check_rule, check_sign_bits, check_signs, ch
 from sparcomm.kernels.cuda.launch import THREADS, run
 from sparcomm.kernels.interface_bits import RULES, Rule
 
-STRETCH = 16384  # elements that a block adds up on its own, as in the text
+STRETCH = 8192  # elements that a block adds up on its own, as in the text
 
 
 def pack_signs(

@@ -29,6 +29,7 @@ from sparcomm.kernels.interface import Working
 from sparcomm.layout import Layout, whole
 
 TILE = 2048  # positions that a block of threads takes at once, as in csrc/select.cu
+SPAN = 4  # tiles that it counts before it asks what comes before them, likewise
 PIECE = 1024  # likewise in csrc/compensate.cu
 PLAN = 8  # words that say how far a selection is; the places are those of csrc/select.cu
 SHARE, CLAIM = 2, 5
@@ -81,6 +82,11 @@ class Sums(Working):
     def tiles(self) -> int:
         """How many tiles a block has."""
         return -(-self.layout.length // TILE)
+
+    @property
+    def spans(self) -> int:
+        """How many spans of tiles a block has."""
+        return -(-self.tiles // SPAN)
 
     def place(self, b: int) -> tuple[Tensor, int, int, int, int, int]:
         """What tells a kernel where the positions of a block lie."""
@@ -185,8 +191,8 @@ def _largest(sums: Sums, b: int, k: int, index: Tensor, value: Tensor) -> None:
     """Finds the k-th largest digit by digit, then writes what is above it."""
     device, length = sums.out.device, sums.layout.length
     digits = _digits(sums.out.dtype)
-    plan, zeros = sums.plan(len(digits) * wire.BINS + 3 * sums.tiles)
-    counts, status = zeros.split([len(digits) * wire.BINS, 3 * sums.tiles])
+    plan, zeros = sums.plan(len(digits) * wire.BINS + 3 * sums.spans)
+    counts, status = zeros.split([len(digits) * wire.BINS, 3 * sums.spans])
     counts, status = counts.view(-1, wire.BINS), status.view(3, -1)
     room = min(length, max(4 * k, ROOM))
     listed = torch.empty(room, dtype=torch.int64, device=device), sums.out.new_empty(room)
@@ -202,7 +208,7 @@ def _largest(sums: Sums, b: int, k: int, index: Tensor, value: Tensor) -> None:
     for row, (bits, shift) in enumerate(digits[1:], 1):
         sums.passes("refine", b, plan, listed[1], counts[row], bits, shift)
         sums.run("select", "boundary", 1, counts[row], plan, bits, shift, 0, grid=1)
-    sums.passes("emit", b, plan, *listed, NOWHERE, 0, CLAIM + 1, status[1:], sums.tiles, k, index, value)
+    sums.passes("emit", b, plan, *listed, NOWHERE, 0, CLAIM + 1, status[1:], sums.spans, k, index, value)
 
 
 def _digits(dtype: torch.dtype) -> list[tuple[int, int]]:
@@ -234,13 +240,13 @@ def above(work: Working, block: int, threshold: float, k: int) -> tuple[Tensor, 
     device = sums.out.device
     index, value = torch.zeros(k, dtype=torch.int64, device=device), sums.out.new_zeros(k)
     if k:
-        plan, status = sums.plan(2 * sums.tiles)
+        plan, status = sums.plan(2 * sums.spans)
         known = mine.counted is not None and mine.counted[0] == key
         sums.run("select", "prepare", 1, plan, 0, mine.counted[1] if known and mine.counted else 0, NOWHERE, k, grid=1)
         if not known:
             sums.passes("count_above", block, key, plan)
         sums.run("select", "fill_up", 1, plan, k, grid=1)
-        sums.passes("emit", block, plan, None, None, key, 1, CLAIM, status, sums.tiles, k, index, value)
+        sums.passes("emit", block, plan, None, None, key, 1, CLAIM, status, sums.spans, k, index, value)
     mine.selected, mine.chosen = True, index
     return index, value
 

@@ -1,7 +1,8 @@
 """Runs the CUDA text of ``csrc/`` on CPU tensors, compiled by g++ behind ``cuda_on_host.h``: its tests need no GPU.
 
 What a CPU cannot show: the order in which a GPU's memory sees writes, and speed. What it does show: every index, every
-bit of arithmetic, barriers that not all threads reach, and results that depend on who comes first.
+bit of arithmetic, barriers that not all threads reach, results that depend on who comes first, accesses of two threads
+that nothing orders (``watch.h``), and accesses outside of the arguments' tensors.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ HERE = Path(__file__).parent
 MULTIPROCESSORS = 2
 # Undefined arithmetic and misaligned accesses end the process with the line that made them.
 FLAGS = (
-    "-std=c++17", "-O1", "-g1", "-shared", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-w",
+    "-std=c++17", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-w",
     "-fsanitize=shift,signed-integer-overflow,integer-divide-by-zero,bounds,alignment", "-fno-sanitize-recover=all",
 )  # fmt: skip
+# Every access calls a function of watch.h. The linker must not hear of it: it would add ThreadSanitizer itself.
+WATCH = ("-fsanitize=thread", "--param", "tsan-distinguish-volatile=1", "--param", "tsan-instrument-func-entry-exit=0")
 
 
 def available() -> bool:
@@ -69,10 +72,13 @@ class Emulator:
         takes = library.sparcomm_takes(index)
         if takes != len(arguments):
             raise RuntimeError(f"kernel {kernel} of {text}.cu takes {takes} arguments, not {len(arguments)}")
-        words = [struct.pack("d", a) if isinstance(a, float) else struct.pack("q", a) for a in arguments]
+        plain = [launch.plain(a) for a in arguments]
+        words = [struct.pack("d", a) if isinstance(a, float) else struct.pack("q", a) for a in plain]
         held = ctypes.create_string_buffer(b"".join(words), 8 * len(words))
         pointers = (ctypes.c_void_p * len(words))(*(ctypes.addressof(held) + 8 * i for i in range(len(words))))
-        trouble = library.sparcomm_run(index, pointers, grid, self.seed)
+        ranges = [_range(a) for a in arguments if isinstance(a, torch.Tensor) and a.numel()]
+        bounds = (ctypes.c_ulonglong * (2 * len(ranges)))(*(end for both in ranges for end in both))
+        trouble = library.sparcomm_run(index, pointers, bounds, len(ranges), grid, self.seed)
         if trouble:
             raise RuntimeError(f"kernel {kernel} of {text}.cu {' '.join(options)}: {trouble.decode()}")
 
@@ -91,6 +97,12 @@ def schedule(seed: int) -> Iterator[None]:
         emulator.seed = before
 
 
+def _range(t: torch.Tensor) -> tuple[int, int]:
+    """Where a tensor begins and ends, in whole words: narrower numbers are changed atomically by the word."""
+    begin, elements = t.data_ptr(), 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+    return begin & ~3, (begin + elements * t.element_size() + 3) & ~3
+
+
 @functools.cache
 def _kernels(text: str) -> list[str]:
     return re.findall(r"^KERNEL (\w+)\(", texts.source(text), flags=re.MULTILINE)
@@ -104,22 +116,27 @@ def _library(text: str, options: tuple[str, ...]) -> Any:
     source = f"""#include "cuda_on_host.h"
 {texts.source(text)}
 static int chosen;
-static void body(void** args) {{ switch (chosen) {{ {calls} }} }}
+UNWATCHED static void body(void** args) {{ switch (chosen) {{ {calls} }} }}
 #define SEEN extern "C" __attribute__((visibility("default")))
 SEEN int sparcomm_takes(int kernel) {{
     switch (kernel) {{ {takes} }}
     return -1;
 }}
 static std::mutex turn;
-SEEN const char* sparcomm_run(int kernel, void** args, unsigned blocks, unsigned long long seed) {{
+SEEN const char* sparcomm_run(int kernel, void** args, watch::Range* tensors, int count, unsigned blocks,
+                              unsigned long long seed) {{
     std::lock_guard<std::mutex> guard(turn);
+    static unsigned launches[{len(names)}];
     chosen = kernel;
-    return emulator::run(body, args, blocks, seed);
+    watch::tensors = tensors, watch::tensor_count = count;
+    return emulator::run(body, args, blocks, seed, launches[kernel]++);
 }}
 """
     library = ctypes.CDLL(str(_built(text, source, options)))
     library.sparcomm_run.restype = ctypes.c_char_p
-    library.sparcomm_run.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_ulonglong]
+    library.sparcomm_run.argtypes = [
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint, ctypes.c_ulonglong
+    ]  # fmt: skip
     return library
 
 
@@ -127,17 +144,21 @@ def _built(text: str, source: str, options: tuple[str, ...]) -> Path:
     """The shared library of a source, compiled once for all processes of this machine."""
     folder = Path(tempfile.gettempdir()) / f"sparcomm-emulator-{os.getuid()}"
     assert is_private(folder), folder
-    header = (HERE / "cuda_on_host.h").read_text()
-    name = hashlib.sha256("\0".join([header, source, *options, *FLAGS]).encode()).hexdigest()[:24]
+    headers = [path.read_text() for path in sorted(HERE.glob("*.h"))]
+    name = hashlib.sha256("\0".join([*headers, source, *options, *FLAGS, *WATCH]).encode()).hexdigest()[:24]
     path = folder / f"{text}-{name}.so"
     with (folder / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             own, partial = path.with_suffix(".cpp"), path.with_suffix(".part")
             own.write_text(source)
-            command = ["g++", *FLAGS, *options, f"-I{HERE}", "-o", str(partial), str(own)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(command)}:\n{done.stderr[:4000]}")
+            _call("g++", *FLAGS, *WATCH, *options, f"-I{HERE}", "-c", "-o", str(path.with_suffix(".o")), str(own))
+            _call("g++", *FLAGS, "-shared", "-o", str(partial), str(path.with_suffix(".o")))
             partial.replace(path)
     return path
+
+
+def _call(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}:\n{done.stderr[:4000]}")

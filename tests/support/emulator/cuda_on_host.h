@@ -16,6 +16,8 @@
 #include <utility>
 #include <vector>
 
+#include "watch.h"
+
 #define __global__
 #define __device__
 #define __host__
@@ -61,10 +63,13 @@ struct Fiber {
     Index thread;
     State state;
     long long result;
+    bool fenced;                    // since this thread passed a fence
+    std::vector<uintptr_t> heard;  // words of other blocks that it read since then
 };
 
 struct Warp {
-    int arrived, kind, mask_errors;
+    int arrived, kind;
+    unsigned synchronised;
     long long value[WARP];
     int argument[WARP];
 };
@@ -74,13 +79,14 @@ struct Block {
     Fiber fiber[BLOCK];
     Warp warp[BLOCK / WARP];
     int at_barrier, barrier_kind, sum, live;
+    unsigned barriers;
     bool any, all;
     std::vector<char> shared;
 };
 
 inline Fiber* current;
 inline void* scheduler;
-inline Index grid, block_size = {BLOCK};
+inline Index grid;
 inline const char* trouble;
 inline void (*body)(void**);
 inline void** arguments;
@@ -164,18 +170,18 @@ inline void* prepared(char* top, void (*entry)()) {
 }
 #endif
 
-inline void pause(State state) {
+UNWATCHED inline void pause(State state) {
     current->state = state;
     sparcomm_switch(&current->stack, scheduler);
 }
 
-inline void enter() {
+UNWATCHED inline void enter() {
     body(arguments);
     pause(ENDED);
 }
 
 // A barrier of all threads of a block. kind 0: nothing, 1: or, 2: and, 3: count.
-inline int barrier(int kind, int predicate) {
+UNWATCHED inline int barrier(int kind, int predicate) {
     Block& b = *current->block;
     if (b.at_barrier == 0) b.barrier_kind = kind, b.any = false, b.all = true, b.sum = 0;
     if (b.barrier_kind != kind) trouble = "threads of a block met in different barriers";
@@ -185,7 +191,7 @@ inline int barrier(int kind, int predicate) {
         return (int)current->result;
     }
     const int result = kind == 1 ? b.any : kind == 2 ? b.all : b.sum;
-    b.at_barrier = 0;
+    b.at_barrier = 0, b.barriers++;
     for (Fiber& f : b.fiber)
         if (&f != current) f.state = READY, f.result = result;
     return result;
@@ -194,7 +200,7 @@ inline int barrier(int kind, int predicate) {
 enum { BALLOT = 1, ANY, EVERY, SHUFFLE, UP, DOWN, XOR, MATCH, SYNC };
 
 // An intrinsic of all 32 lanes of a warp: each gets its own result.
-inline long long together(unsigned mask, int kind, long long value, int argument) {
+UNWATCHED inline long long together(unsigned mask, int kind, long long value, int argument) {
     Block& b = *current->block;
     Warp& w = b.warp[current->thread.x / WARP];
     const int lane = current->thread.x % WARP;
@@ -206,7 +212,7 @@ inline long long together(unsigned mask, int kind, long long value, int argument
         pause(WAITING);
         return current->result;
     }
-    w.arrived = 0;
+    w.arrived = 0, w.synchronised += kind == SYNC;
     unsigned ballot = 0;
     for (int i = 0; i < WARP; i++) ballot |= (unsigned)(w.value[i] != 0) << i;
     Fiber* first = current - lane;
@@ -243,13 +249,17 @@ extern "C" char __start_cuda_shared[], __stop_cuda_shared[];
 static __attribute__((section("cuda_shared"), used)) char something;  // so that the section exists
 
 // Runs one kernel to its end. Returns what went wrong, or null.
-inline const char* run(void (*kernel)(void**), void** args, unsigned blocks, unsigned long long seed) {
+UNWATCHED inline const char* run(void (*kernel)(void**), void** args, unsigned blocks, unsigned long long seed,
+                                 unsigned launches_before) {
     static std::mutex one_at_a_time;
     std::lock_guard<std::mutex> guard(one_at_a_time);
     static char* stacks = (char*)mmap(nullptr, RESIDENT * BLOCK * STACK, PROT_READ | PROT_WRITE,
                                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     static Block* pool = new Block[RESIDENT];
     const size_t shared = __stop_cuda_shared - __start_cuda_shared;
+    watch::begin(launches_before);
+    watch::own = {(uintptr_t)stacks, (uintptr_t)stacks + RESIDENT * BLOCK * STACK};
+    watch::shared = {(uintptr_t)__start_cuda_shared, (uintptr_t)__stop_cuda_shared};
     body = kernel, arguments = args, trouble = nullptr, randomness = seed * 0x9E3779B97F4A7C15ull + 1;
     grid.x = blocks;
     std::vector<unsigned> order(blocks);
@@ -263,10 +273,11 @@ inline const char* run(void (*kernel)(void**), void** args, unsigned blocks, uns
         b.index.x = order[next++];
         b.at_barrier = 0, b.live = BLOCK;
         b.shared.assign(shared, (char)0xA5);
-        for (Warp& w : b.warp) w.arrived = 0;
+        b.barriers = 0;
+        for (Warp& w : b.warp) w.arrived = 0, w.synchronised = 0;
         for (int i = 0; i < BLOCK; i++) {
             Fiber& f = b.fiber[i];
-            f.block = &b, f.thread.x = i, f.state = READY;
+            f.block = &b, f.thread.x = i, f.state = READY, f.fenced = false, f.heard.clear();
             f.stack = prepared(stacks + ((size_t)place * BLOCK + i + 1) * STACK, enter);
         }
     };
@@ -290,7 +301,10 @@ inline const char* run(void (*kernel)(void**), void** args, unsigned blocks, uns
                 if (f.state != READY && f.state != SPINNING) continue;
                 (f.state == READY ? ran : spun) = true;
                 current = &f;
+                watch::on = watch::looking;
                 sparcomm_switch(&scheduler, f.stack);
+                watch::on = false;
+                if (watch::found) trouble = watch::found;
                 b.live -= f.state == ENDED;
             }
             if (trouble) return trouble;
@@ -310,84 +324,30 @@ inline const char* run(void (*kernel)(void**), void** args, unsigned blocks, uns
     return nullptr;
 }
 
+// What each atomic operation begins with.
+UNWATCHED inline void atomically(const void* p, size_t size) {
+    watch::atomic(p, size, current->fenced, current->heard, grid.x);
+}
+UNWATCHED inline void fence() {
+    current->fenced = true;
+    watch::fence(current->heard, grid.x);
+}
+
 template <class... A, size_t... I>
-inline void unpack(void (*kernel)(A...), void** args, std::index_sequence<I...>) {
+UNWATCHED inline void unpack(void (*kernel)(A...), void** args, std::index_sequence<I...>) {
     static_assert(((sizeof(A) == 8) && ...), "arguments of kernels have 8 bytes");
     kernel(*(A*)args[I]...);
 }
-template <class... A> inline void call(void (*kernel)(A...), void** args) {
+template <class... A> UNWATCHED inline void call(void (*kernel)(A...), void** args) {
     unpack(kernel, args, std::index_sequence_for<A...>{});
 }
 template <class... A> constexpr int count(void (*)(A...)) { return sizeof...(A); }
 
 }  // namespace emulator
 
-#define threadIdx (emulator::current->thread)
-#define blockIdx (emulator::current->block->index)
-#define gridDim (emulator::grid)
-#define blockDim (emulator::block_size)
-
-inline void spin() { emulator::pause(emulator::SPINNING); }
-inline void __syncthreads() { emulator::barrier(0, 0); }
-inline int __syncthreads_or(int p) { return emulator::barrier(1, p); }
-inline int __syncthreads_and(int p) { return emulator::barrier(2, p); }
-inline int __syncthreads_count(int p) { return emulator::barrier(3, p); }
-inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) { emulator::together(mask, emulator::SYNC, 0, 0); }
-inline unsigned __ballot_sync(unsigned m, int p) { return (unsigned)emulator::together(m, emulator::BALLOT, p, 0); }
-inline int __any_sync(unsigned m, int p) { return (int)emulator::together(m, emulator::ANY, p, 0); }
-inline int __all_sync(unsigned m, int p) { return (int)emulator::together(m, emulator::EVERY, p, 0); }
-template <class T> T __shfl_sync(unsigned m, T v, int from) { return emulator::shuffled(m, emulator::SHUFFLE, v, from); }
-template <class T> T __shfl_up_sync(unsigned m, T v, unsigned by) { return emulator::shuffled(m, emulator::UP, v, by); }
-template <class T> T __shfl_down_sync(unsigned m, T v, unsigned by) { return emulator::shuffled(m, emulator::DOWN, v, by); }
-template <class T> T __shfl_xor_sync(unsigned m, T v, int by) { return emulator::shuffled(m, emulator::XOR, v, by); }
-template <class T> unsigned __match_any_sync(unsigned m, T v) {
-    return (unsigned)emulator::together(m, emulator::MATCH, (long long)v, 0);
+UNWATCHED inline watch::Who watch::now() {
+    const emulator::Fiber& f = *emulator::current;
+    return {f.block->index.x, f.thread.x, f.block->barriers, f.block->warp[f.thread.x / emulator::WARP].synchronised};
 }
-inline void __threadfence() {}
 
-template <class T> T atomicAdd(T* p, T v) { T old = *p; *p = (T)(old + v); return old; }
-template <> inline int atomicAdd(int* p, int v) { int old = *p; *p = (int)((unsigned)old + (unsigned)v); return old; }
-template <class T> T atomicSub(T* p, T v) { T old = *p; *p = (T)((unsigned long long)old - (unsigned long long)v); return old; }
-template <class T> T atomicOr(T* p, T v) { T old = *p; *p = old | v; return old; }
-template <class T> T atomicAnd(T* p, T v) { T old = *p; *p = old & v; return old; }
-template <class T> T atomicXor(T* p, T v) { T old = *p; *p = old ^ v; return old; }
-template <class T> T atomicMax(T* p, T v) { T old = *p; *p = old > v ? old : v; return old; }
-template <class T> T atomicMin(T* p, T v) { T old = *p; *p = old < v ? old : v; return old; }
-template <class T> T atomicExch(T* p, T v) { T old = *p; *p = v; return old; }
-template <class T> T atomicCAS(T* p, T compare, T v) { T old = *p; if (old == compare) *p = v; return old; }
-
-template <class To, class From> inline To emulated_cast(From x) { To y; std::memcpy(&y, &x, sizeof y); return y; }
-inline unsigned __float_as_uint(float x) { return emulated_cast<unsigned>(x); }
-inline int __float_as_int(float x) { return emulated_cast<int>(x); }
-inline float __uint_as_float(unsigned x) { return emulated_cast<float>(x); }
-inline float __int_as_float(int x) { return emulated_cast<float>(x); }
-inline long long __double_as_longlong(double x) { return emulated_cast<long long>(x); }
-inline double __longlong_as_double(long long x) { return emulated_cast<double>(x); }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __ffsll(long long x) { return __builtin_ffsll(x); }
-inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
-inline int __clzll(long long x) { return x ? __builtin_clzll(x) : 64; }
-inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((unsigned long long)a * b >> 32); }
-inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
-    return (unsigned long long)((unsigned __int128)a * b >> 64);
-}
-template <class T> T __ldg(const T* p) { return *p; }
-template <class T> T __ldcs(const T* p) { return *p; }
-template <class T> T __ldcg(const T* p) { return *p; }
-template <class T> void __stcs(T* p, T v) { *p = v; }
-template <class T> void __stcg(T* p, T v) { *p = v; }
-inline int min(int a, int b) { return a < b ? a : b; }
-inline int max(int a, int b) { return a > b ? a : b; }
-inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
-inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
-inline long long min(long long a, long long b) { return a < b ? a : b; }
-inline long long max(long long a, long long b) { return a > b ? a : b; }
-inline unsigned long long min(unsigned long long a, unsigned long long b) { return a < b ? a : b; }
-inline unsigned long long max(unsigned long long a, unsigned long long b) { return a > b ? a : b; }
-using std::fabs;
-using std::floor;
-using std::ldexp;
-using std::rint;
-using std::sqrt;
+#include "words_of_cuda.h"
