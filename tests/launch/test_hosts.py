@@ -72,7 +72,8 @@ def test_four_nodes_of_torchrun(network: Hosts) -> None:
     assert network.bytes_carried() - before > 10_000
 
 
-@mpi.needs_mpi
+@pytest.mark.mpi
+@pytest.mark.skipif(bool(mpi.MISSING), reason=mpi.MISSING)
 def test_two_nodes_of_mpirun(network: Hosts, tmp_path: Path) -> None:
     """mpirun reaches the other host by an agent in place of ssh; the ranks find each other by MPI."""
     assert mpi.LAUNCHER is not None

@@ -160,7 +160,8 @@ print("rank 0 should not come here", flush=True)
 """
 
 
-@mpi.needs_mpi
+@pytest.mark.mpi
+@pytest.mark.skipif(bool(mpi.MISSING), reason=mpi.MISSING)
 @pytest.mark.slow
 def test_under_mpirun() -> None:
     """Both backends, and an exception on one rank, which ends both."""
