@@ -17,7 +17,8 @@ LAYERS = (
     {"kernels", "transport"},
     {"memory", "feedback", "codecs", "collectives", "selectors"},
     {"algorithms"},
-    {"ddp", "fsdp", "optim", "launch", "mpi_backend", "config", "integrations"},
+    {"ddp", "fsdp", "optim", "mpi_backend", "config", "integrations"},
+    {"launch"},  # starts torch.distributed with any backend, ours included
     {"bench", "plan", "doctor"},
     {"cli"},
     {"__main__", "__init__"},
@@ -35,6 +36,9 @@ HOMES = {
         "ddp",
         "mpi_backend",
         "bench/backends",
+        "launch",
+        "doctor/facts",
+        "doctor/selftest",
         "bench/world",
         "bench/child",
         "bench/overlap",
@@ -42,7 +46,7 @@ HOMES = {
     ),
     "pydantic": ("config",),
     "typer": ("cli",),
-    "rich": ("cli", "bench"),
+    "rich": ("cli", "bench", "doctor"),
 }
 
 

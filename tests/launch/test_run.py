@@ -10,9 +10,10 @@ from typing import Any
 import compare
 import demo
 import pytest
+import torch
 
 from jobs import checkpoint, report
-from support.jobs_run import finish, kill_when
+from support.jobs_run import finish, kill_one_when, kill_when
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.slow]
 
@@ -52,17 +53,17 @@ def uninterrupted(folder: Path) -> dict[str, Any]:
     return report.read(folder / "whole")
 
 
+def reached(output: Path) -> bool:
+    """Whether the run has a checkpoint that it is to be killed after."""
+    found = checkpoint.newest(output / "checkpoints")
+    return found is not None and int(found.name.removeprefix("step-")) >= KILL_AFTER
+
+
 @pytest.fixture(scope="module")
 def killed(folder: Path) -> Path:
     """The folder of the same run, all of whose processes were killed after a checkpoint of step 4 or later."""
     output = folder / "killed"
-    saved = output / "checkpoints"
-
-    def reached() -> bool:
-        found = checkpoint.newest(saved)
-        return found is not None and int(found.name.removeprefix("step-")) >= KILL_AFTER
-
-    kill_when(config(folder), RANKS, digits(folder, "killed"), reached, folder / "log")
+    kill_when(config(folder), RANKS, digits(folder, "killed"), lambda: reached(output), folder / "log")
     assert not (output / report.METRICS).exists(), "the run was over before it could be killed"
     return output
 
@@ -96,6 +97,38 @@ def test_a_killed_run_resumes_bit_for_bit(uninterrupted: dict[str, Any], killed:
     assert resumed["summary"]["bytes_sent"] == uninterrupted["summary"]["bytes_sent"]
     losses = [[record["loss"] for record in run["history"]] for run in (uninterrupted, resumed)]
     assert losses[0] == losses[1]
+
+
+def owed(checkpoints: Path) -> torch.Tensor:
+    """The sum over ranks of what they owed after the last step, all parameters in one vector."""
+    newest = checkpoint.newest(checkpoints)
+    assert newest is not None
+    total = torch.zeros(0)
+    for rank in range(RANKS):
+        state = checkpoint.read_ranks(newest, rank, RANKS)[0]["gradients"]["hook"]
+        (kept,) = state[f"rank {rank} of {RANKS}"]["owed"]
+        own = torch.cat([kept["residuals"][name].flatten() for name in sorted(kept["residuals"])])
+        assert own.count_nonzero() > 0
+        total = own.double() if rank == 0 else total + own
+    return total
+
+
+@SHARED
+@pytest.mark.timeout(240)
+def test_torchrun_restarts_a_job_whose_worker_was_killed(uninterrupted: dict[str, Any], folder: Path) -> None:
+    """It goes on from its checkpoint: the same losses, and what the ranks owe is what it would have been."""
+    output = folder / "elastic"
+    code, printed = kill_one_when(
+        config(folder), RANKS, digits(folder, "elastic"), lambda: reached(output), 1, folder / "elastic.log"
+    )
+    assert code == 0, printed
+    assert "resumed after step" in printed
+    restarted = report.read(output)
+    assert restarted["summary"]["identical"]
+    losses = [[record["loss"] for record in run["history"]] for run in (uninterrupted, restarted)]
+    assert losses[0] == losses[1]
+    assert restarted["summary"]["sha256"] == uninterrupted["summary"]["sha256"]
+    assert torch.equal(owed(output / "checkpoints"), owed(folder / "whole" / "checkpoints"))
 
 
 @SHARED

@@ -47,6 +47,43 @@ def kill_when(config: Path, ranks: int, overrides: list[str], reached: Callable[
             job.wait()
 
 
+def kill_one_when(
+    config: Path, ranks: int, overrides: list[str], reached: Callable[[], bool], rank: int, log: Path
+) -> tuple[int, str]:
+    """Starts a job that torchrun may restart once, and sends SIGKILL to one rank as soon as ``reached``.
+
+    Returns the exit code and all that was printed, once the job has ended.
+    """
+    line = command(config, ranks, overrides)
+    line.insert(line.index("--standalone"), "--max-restarts=1")
+    with log.open("wb") as out:
+        job = subprocess.Popen(line, env=environment(), stdout=out, stderr=out)
+        try:
+            end = time.monotonic() + DEADLINE
+            while not reached():
+                assert job.poll() is None, f"the job ended by itself:\n{log.read_text()}"
+                assert time.monotonic() < end, f"nothing to kill after {DEADLINE} s:\n{log.read_text()}"
+                time.sleep(0.005)
+            (victim,) = [pid for pid in children(job.pid) if _is_rank(pid, rank)]
+            os.kill(victim, signal.SIGKILL)
+            job.wait(DEADLINE)
+        finally:
+            for pid in [job.pid, *children(job.pid)] if job.poll() is None else []:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            job.wait()
+    return job.returncode, log.read_text()
+
+
+def _is_rank(pid: int, rank: int) -> bool:
+    """Whether a process is this rank of a job: what it was started as says so."""
+    try:
+        given = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return f"RANK={rank}".encode() in given and b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
 def children(pid: int) -> list[int]:
     """All descendants of a process (torchrun gives each rank a session of its own, so its group is not enough)."""
     parents: dict[int, int] = {}

@@ -83,9 +83,11 @@ def abort_on_error() -> None:
             return
         shown = "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
         head = f"[rank {world().Get_rank()} of {world().Get_size()}] "
-        sys.stderr.write("".join(f"{head}{line}\n" for line in shown.splitlines()))
+        # Not sys.stderr: torch calls this hook with a buffer there, to add its prefix to the text afterwards.
+        stream = sys.__stderr__ or sys.stderr
+        stream.write("".join(f"{head}{line}\n" for line in shown.splitlines()))
         sys.stdout.flush()
-        sys.stderr.flush()
+        stream.flush()
         if others:
             board.fail(f"{type(error).__name__}: {error}")
             deadline = time.monotonic() + GRACE
