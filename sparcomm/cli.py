@@ -109,11 +109,18 @@ def _table(entry: dict[str, Any]) -> Table:
     return table
 
 
+def launched() -> bool:
+    """Whether a launcher has started this process, alone or as one of many."""
+    from sparcomm.launch.environment import detect
+
+    return detect(os.environ).launcher != "none"
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
     """Measure on this network; or one of the other benchmarks, by its name. Without options: what there is."""
     known, arguments = benches(), context.args
-    if arguments[:1] in (["-h"], ["--help"]) or (not arguments and "RANK" not in os.environ):
+    if arguments[:1] in (["-h"], ["--help"]) or (not arguments and not launched()):
         typer.echo("others: sparcomm bench NAME [options], with NAME one of")
         for name, shows in known.items():
             typer.echo(f"  {name:<11}{shows}")

@@ -41,6 +41,7 @@ HOMES = {
         "doctor/selftest",
         "bench/world",
         "bench/child",
+        "bench/inside",
         "bench/overlap",
         "bench/torch_hooks",
     ),
