@@ -1,4 +1,7 @@
-"""All CUDA text compiles with nvcc for A100 and H100 (kernel_resources.py: for all that are supported), without a warning; no kernel spills or takes too much."""
+"""All CUDA text compiles with nvcc for A100 and H100 without a warning; no kernel spills or takes too much.
+
+For all GPUs that are supported: python launch/kernel_resources.py.
+"""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def layouts(n: int) -> list[Layout]:
 
 
 def thinned(kernels: Any, cases: Iterable[T], every: int, start: object = "") -> list[T]:
-    """The cases; on the emulator, which takes a hundred times as long, only every so many-th, from where ``start`` says.
+    """The cases; on the emulator, which is a hundred times slower, only every so many-th, from where ``start`` says.
 
     ``every`` should have no factor in common with what the innermost loops count to.
     """
