@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import compare
 import demo
 import pytest
+import torch
+import train
 
 from jobs import checkpoint, report
 from support.jobs_run import finish, kill_when, restarted
@@ -193,8 +196,24 @@ def test_the_demo_puts_both_arms_side_by_side(tmp_path: Path, capfd: pytest.Capt
         assert list((tmp_path / arm / "tensorboard").glob("events.*"))
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Jobs of one rank, run here: what starts processes is tested above, and each costs seconds."""
+
+    def run(config: Path, ranks: int, output: Path, overrides: list[str], *, quiet: bool) -> dict[str, Any]:
+        assert (ranks, quiet) == (1, True)
+        assert train.main(["--config", str(config), *overrides, f"output={output}", "checkpoint.resume=false"]) == 0
+        return report.read(output)
+
+    monkeypatch.setattr(compare, "run", run)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_deterministic_debug_mode("default")
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.timeout(240)
-def test_the_comparison_pairs_seeds(tmp_path: Path) -> None:
+def test_the_comparison_pairs_seeds(tmp_path: Path, in_this_process: None) -> None:
     where = ["--output", str(tmp_path), "--json", str(tmp_path / "found.json")]
     spardl = f"{demo.CONFIGS}/charlm-spardl.yaml"
     arms = [f"--base={demo.CONFIGS}/charlm-dense.yaml", "--arms", f"{spardl} algorithm.density=0.1"]
