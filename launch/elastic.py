@@ -2,7 +2,7 @@
 """The main job, told to lose a worker: what torchrun's restart keeps.
 
     torchrun --standalone --nproc-per-node 2 --max-restarts 1 launch/elastic.py --kill 1@12
-        --config configs/digits-spardl.yaml steps=20 checkpoint.every=5 output=runs/elastic
+        --config configs/digits-spardl.yaml epochs=null steps=20 checkpoint.every=5 output=runs/elastic
 
 Rank 1 ends itself with SIGKILL in step 12, while the others wait for its gradients. torchrun starts all ranks again,
 and they go on from their newest checkpoint. Rank 0 prints the sum over all ranks of what they still owe (the residuals)
