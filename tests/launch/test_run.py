@@ -11,6 +11,7 @@ from typing import Any
 
 import compare
 import demo
+import elastic
 import pytest
 import torch
 import train
@@ -252,6 +253,13 @@ def test_seeds_that_cannot_be_compared_are_refused(
 ) -> None:
     assert compare.main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["1", "1@0", "-1@3", "one@3"])
+def test_a_victim_has_a_rank_and_a_step(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        elastic.main([f"--kill={text}"])
+    assert "must look like 1@12" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("program", [compare, demo])
