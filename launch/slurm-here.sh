@@ -75,10 +75,12 @@ stop() {
     for file in slurmd slurmctld munged; do
         [[ -s $here/$file.pid ]] && kill "$(<"$here/$file.pid")" 2>/dev/null
     done
-    if [[ -z ${SLURM_HERE:-} ]]; then
-        sleep 1 # they write their last words
-        rm -rf "$here"
-    fi
+    # They write their last words, and remove these files.
+    for _ in $(seq 100); do
+        compgen -G "$here/*.pid" >/dev/null || break
+        sleep 0.1
+    done
+    [[ -n ${SLURM_HERE:-} ]] || rm -rf "$here"
     return 0
 }
 trap stop EXIT

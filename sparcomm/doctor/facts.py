@@ -44,8 +44,16 @@ def facts() -> dict[str, Any]:
         "launchers": {name: find_program(name) for name in LAUNCHERS},
         "capabilities": capabilities(mpi),
         "started by": started_by(),
-        "problems": [mpi["error"]] if mpi.get("error") else [],
+        "problems": [text for text in (mpi.get("error"), unseen_gpus()) if text],
     }
+
+
+def unseen_gpus() -> str | None:
+    """A driver whose GPUs torch does not see."""
+    if torch.cuda.is_available() or find_program("nvidia-smi") is None:
+        return None
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    return f"nvidia-smi is there, but torch sees no GPU; this torch is {built}"
 
 
 def version(package: str) -> str | None:

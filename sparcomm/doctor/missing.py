@@ -31,6 +31,17 @@ def missing(found: dict[str, Any]) -> list[Missing]:
         listed.append(Missing(what, "compiled kernels on GPUs", f"pip install 'sparcomm[{name}]'"))
     if gpus and versions["NCCL"] is None:
         listed.append(Missing("NCCL", "GPUs that talk without the host", "pip install torch, a build with CUDA"))
+    if gpus and backends["mpi4py"] and not found["capabilities"]["CUDA-aware MPI"]:
+        command = "a CUDA-aware MPI, such as the cluster's own; SPARCOMM_MPI_CUDA=1 if it is one that is not recognised"
+        listed.append(Missing("CUDA-aware MPI", "GPU tensors over MPI without a copy in host memory", command))
+    if not gpus:
+        command = "a GPU, and a torch that is built with CUDA"
+        listed.append(Missing("GPUs", "NCCL, compiled kernels on GPUs (CuPy), CUDA-aware MPI", command))
+    if launchers["srun"] is None:
+        listed.append(Missing("Slurm", "launch/slurm.sbatch, and slurm-here.sh", "apt-get install slurm-wlm munge"))
+    if launchers["kubectl"] is None:
+        command = "see https://kubernetes.io/docs/tasks/tools/"
+        listed.append(Missing("kubectl", "launch/kubernetes.yaml", command))
     if versions["ray"] is None:
         listed.append(Missing("ray", "launch/ray_train.py", "pip install 'ray[train]'"))
     if versions["tensorboard"] is None:

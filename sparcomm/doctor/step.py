@@ -35,7 +35,9 @@ def reduce(algorithm: Algorithm, transport: Transport, device: torch.device) -> 
 
 def main(way: str) -> None:
     """One rank: joins the others as a training script would."""
-    here = init("mpi4py" if way == "mpi" else way, device="cuda" if way == "nccl" else "cpu", timeout=TIMEOUT)
+    here = init(
+        "mpi4py" if way == "mpi" else way, device="cuda" if way == "nccl" else "cpu", timeout=TIMEOUT, quiet=True
+    )
     if way == "mpi":
         from sparcomm.transport.mpi import MpiTransport
 

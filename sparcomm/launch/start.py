@@ -48,7 +48,9 @@ class Launch:
 _launched: tuple[Launch, Any] | None = None  # and the process group it speaks of
 
 
-def init(backend: str | None = None, *, device: str | None = None, timeout: float = TIMEOUT) -> Launch:
+def init(
+    backend: str | None = None, *, device: str | None = None, timeout: float = TIMEOUT, quiet: bool = False
+) -> Launch:
     """Starts the default process group, whoever has started this process. Collective; later calls only return.
 
     Knows torchrun (and RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set by anyone), Open MPI, MPICH and Intel MPI,
@@ -61,6 +63,8 @@ def init(backend: str | None = None, *, device: str | None = None, timeout: floa
             and MASTER_ADDR is not set.
         device: "cpu" or "cuda". None: ``cuda:local_rank`` where this host has a GPU for each of its ranks.
         timeout: seconds any wait may take: for the others to come, and for any collective operation.
+        quiet: rank 0 does not say what it found. Otherwise it tells the logger "sparcomm", or stderr where nobody has
+            set up logging.
 
     Raises:
         ConfigError: the environment says half, or contradicts itself, or what is asked for is impossible here.
@@ -75,7 +79,7 @@ def init(backend: str | None = None, *, device: str | None = None, timeout: floa
     if dist.is_initialized():
         if _launched is None or _launched[1] is not dist.group.WORLD:
             _launched = _joined(), dist.group.WORLD
-            _say(_launched[0], "the process group was there already")
+            _say(_launched[0], "the process group was there already", quiet)
         return _agreeing(_launched[0], backend, device)
     found = _found()
     chosen = plan(found, _host(), backend=backend, device=device, threads_set="OMP_NUM_THREADS" in os.environ)
@@ -88,7 +92,8 @@ def init(backend: str | None = None, *, device: str | None = None, timeout: floa
     launch = Launch(found.rank, found.size, found.local_rank, here, chosen.backend, found.launcher)
     _launched = launch, dist.group.WORLD
     where = f"at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}" if found.size > 1 else "alone"
-    _say(launch, f"{where}, {torch.get_num_threads()} threads a rank, timeout {timeout:g} s")
+    threads = torch.get_num_threads()
+    _say(launch, f"{where}, {threads} thread{'s' * (threads > 1)} a rank, timeout {timeout:g} s", quiet)
     return launch
 
 
@@ -224,12 +229,14 @@ def _agreeing(launch: Launch, backend: str | None, device: str | None) -> Launch
     return launch
 
 
-def _say(launch: Launch, more: str) -> None:
+def _say(launch: Launch, more: str, quiet: bool) -> None:
+    """One line of rank 0; the other ranks' are for debugging. Python drops such lines where logging is not set up."""
+    if quiet:
+        return
     level = logging.INFO if launch.rank == 0 else logging.DEBUG
-    extra = {"rank": launch.rank, "size": launch.size}
-    _log.log(
-        level,
-        "[rank %d/%d] launcher %s: %d ranks, backend %s, device %s, %s",
-        *(launch.rank, launch.size, launch.launcher, launch.size, launch.backend, launch.device, more),
-        extra=extra,
-    )
+    ranks = f"{launch.size} rank{'s' * (launch.size > 1)}"
+    found = f"launcher {launch.launcher}: {ranks}, backend {launch.backend}, device {launch.device}, {more}"
+    text = f"[rank {launch.rank}/{launch.size}] {found}"
+    if launch.rank == 0 and not _log.hasHandlers() and _log.level <= logging.INFO:
+        print(f"sparcomm: {text}", file=sys.stderr, flush=True)
+    _log.log(level, "%s", text, extra={"rank": launch.rank, "size": launch.size})

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparcomm import cli
 from sparcomm.doctor import missing, selftest
-from sparcomm.doctor.facts import facts, started_by, without_launcher
+from sparcomm.doctor.facts import facts, started_by, unseen_gpus, without_launcher
 from sparcomm.kernels import cpu
 
 
@@ -52,7 +52,15 @@ def test_a_wrong_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         selftest.kernels(torch.device("cpu"))
 
 
-def test_a_failed_test_is_the_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def here() -> dict[str, Any]:
+    return facts()
+
+
+def test_a_failed_test_is_the_exit_code(
+    here: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sparcomm.doctor.facts", lambda: here)
     checks = [selftest.Check("one", None, 0.0, "not [here]"), selftest.Check("two", False, 0.0, "wrong")]
     for listed, code in ((checks, 1), (checks[:1], 0)):
         monkeypatch.setattr("sparcomm.doctor.self_tests", lambda listed=listed: iter(listed))
@@ -87,8 +95,8 @@ def machine(**changes: Any) -> dict[str, Any]:
         "versions": {**dict.fromkeys(names, "1"), "CUDA": "12.8"},
         "devices": [{"device": "cpu"}, {"device": "cuda:0"}],
         "backends": {"gloo": True, "nccl": True, "mpi4py": True},
-        "launchers": {"mpirun": "/usr/bin/mpirun", "mpiexec": None},
-        "capabilities": {"compiled kernels on GPUs (CuPy)": True},
+        "launchers": {"mpirun": "/usr/bin/mpirun", "mpiexec": None, "srun": "/usr/bin/srun", "kubectl": "/bin/kubectl"},
+        "capabilities": {"compiled kernels on GPUs (CuPy)": True, "CUDA-aware MPI": True},
     }
     for part in ("versions", "backends", "launchers", "capabilities"):
         found[part] |= {name: value for name, value in changes.items() if name in found[part]}
@@ -105,7 +113,14 @@ def machine(**changes: Any) -> dict[str, Any]:
         ({"numba": None}, ["pip install numba"]),
         ({"cupy": None, "compiled kernels on GPUs (CuPy)": False}, ["pip install 'sparcomm[cuda12]'"]),
         ({"CUDA": "13.0", "compiled kernels on GPUs (CuPy)": False}, ["pip install 'sparcomm[cuda13]'"]),
-        ({"cupy": None, "compiled kernels on GPUs (CuPy)": False, "devices": [{"device": "cpu"}]}, []),
+        (
+            {"cupy": None, "compiled kernels on GPUs (CuPy)": False, "devices": [{"device": "cpu"}]},
+            ["a GPU, and a torch that is built with CUDA"],
+        ),
+        (
+            {"srun": None, "kubectl": None},
+            ["apt-get install slurm-wlm munge", "see https://kubernetes.io/docs/tasks/tools/"],
+        ),
         ({"ray": None, "tensorboard": None}, ["pip install 'ray[train]'", "pip install 'sparcomm[tensorboard]'"]),
     ],
 )
@@ -113,12 +128,24 @@ def test_what_is_missing_comes_with_its_command(changes: dict[str, Any], command
     assert [entry.command for entry in missing(machine(**changes))] == commands
 
 
-def test_facts_fit_what_missing_reads() -> None:
+def test_mpi_that_does_not_take_gpu_tensors_is_missing_something() -> None:
+    (entry,) = missing(machine(**{"CUDA-aware MPI": False}))
+    assert "SPARCOMM_MPI_CUDA=1" in entry.command
+
+
+def test_gpus_that_torch_does_not_see_are_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert unseen_gpus() is None
+    (tmp_path / "nvidia-smi").touch(mode=0o755)
+    assert "torch sees no GPU" in (unseen_gpus() or "")
+
+
+def test_facts_fit_what_missing_reads(here: dict[str, Any]) -> None:
     """The names are the same in both."""
-    found = facts()
-    missing(found)
-    assert set(machine()["capabilities"]) < set(found["capabilities"])
-    assert {"mpirun", "mpiexec"} < set(found["launchers"])
+    missing(here)
+    assert set(machine()["capabilities"]) < set(here["capabilities"])
+    assert set(machine()["launchers"]) < set(here["launchers"])
 
 
 def test_a_launchers_variables_do_not_reach_children(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,9 @@ def test_scripts_refuse_in_words(command: list[str], words: str) -> None:
     assert words in done.stderr
 
 
-# A field's type, or a dictionary of what is below it; "?" = may be missing. As in Kubeflow's own CRDs.
+# A field's type, or a dictionary of what is below it; "?" = may be missing. What these manifests are to say, no more:
+# the schemas are those of test_manifests_fit_the_schemas, but for PyTorchJob outside its pods: the package of its
+# models wants a whole Kubernetes client. The fields are as in its version 1.9.
 ENV = [{"name": str, "value": str}]
 RESOURCES = {"requests": {"cpu": str, "memory": str}, "limits": {"cpu": str, "memory": str, "nvidia.com/gpu?": int}}
 POD = {
@@ -136,6 +138,32 @@ def test_the_schema_check_finds_mistakes() -> None:
         ".spec.trainer.numProcPerNode is missing",
         ".spec.trainer.numNodes is '4', must be int",
     ]
+
+
+def fitted(document: dict[str, Any]) -> list[Any]:
+    """What Kubeflow's and Kubernetes' own models make of a manifest, part by part. Raises ValidationError."""
+    from kubeflow_trainer_api import models
+
+    if document["kind"] == "TrainJob":
+        return [models.TrainerV1alpha1TrainJob.from_dict(document)]
+    replicas = document["spec"]["pytorchReplicaSpecs"].values()
+    return [models.IoK8sApiCoreV1PodTemplateSpec.from_dict(replica["template"]) for replica in replicas]
+
+
+@pytest.mark.skipif(find_spec("kubeflow_trainer_api") is None, reason="pip install kubeflow-trainer-api")
+def test_manifests_fit_the_schemas() -> None:
+    """TrainJob whole, PyTorchJob's pods. A field that a schema does not know is dropped, and missed afterwards."""
+    found = manifests()
+    (job,) = fitted(found["TrainJob"])
+    assert job.to_dict() == found["TrainJob"]
+    replicas = found["PyTorchJob"]["spec"]["pytorchReplicaSpecs"].values()
+    assert [pod.to_dict() for pod in fitted(found["PyTorchJob"])] == [replica["template"] for replica in replicas]
+    trainer = found["TrainJob"]["spec"]["trainer"]
+    trainer["numNode"] = 4
+    assert fitted(found["TrainJob"])[0].to_dict() != found["TrainJob"]
+    trainer["numNodes"] = "4"
+    with pytest.raises(ValueError, match="numNodes"):
+        fitted(found["TrainJob"])
 
 
 def test_both_manifests_start_what_there_is() -> None:

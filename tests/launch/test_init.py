@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import sparcomm
 from sparcomm import launch
 from sparcomm.errors import ConfigError, ConfigMismatch
 from sparcomm.launch import Found, Plan, start
@@ -40,7 +41,7 @@ def test_alone_and_again(caplog: pytest.LogCaptureFixture) -> None:
     assert (first.rank, first.size, first.local_rank, first.backend, first.launcher) == (0, 1, 0, "gloo", "none")
     assert first.device == torch.device("cpu")
     (said,) = [r.getMessage() for r in caplog.records]
-    assert said.startswith("[rank 0/1] launcher none: 1 ranks, backend gloo, device cpu, alone, ")
+    assert said.startswith("[rank 0/1] launcher none: 1 rank, backend gloo, device cpu, alone, ")
     assert said.endswith("timeout 7 s")
     assert launch.init() is first
     assert launch.init("gloo", device="cpu") is first
@@ -51,6 +52,23 @@ def test_alone_and_again(caplog: pytest.LogCaptureFixture) -> None:
     dist.destroy_process_group()
     assert launch.init(device="cpu") is not first
     assert len(caplog.records) == 2
+
+
+@pytest.mark.usefixtures("no_group")
+def test_without_any_logging_it_is_said_on_stderr(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = logging.getLogger("sparcomm")
+    monkeypatch.setattr(logger, "propagate", False)  # pytest has set it up
+    said = []
+    for quiet, level in ((False, logging.NOTSET), (True, logging.NOTSET), (False, logging.WARNING)):
+        monkeypatch.setattr(logger, "level", level)
+        sparcomm.launch.init(device="cpu", quiet=quiet)
+        dist.destroy_process_group()
+        said.append(capsys.readouterr().err)
+    assert said[0].startswith("sparcomm: [rank 0/1] launcher none: 1 rank, backend gloo, device cpu, alone, ")
+    assert said[0].count("\n") == 1
+    assert said[1:] == ["", ""]
 
 
 @pytest.mark.usefixtures("no_group")
@@ -127,8 +145,7 @@ def test_every_start_has_a_part_of_the_store_to_itself(monkeypatch: pytest.Monke
 
 
 UNDER_MPIRUN = """
-import logging, os, sys
-logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+import os
 import torch, torch.distributed as dist
 from sparcomm import launch
 from sparcomm.errors import ConfigError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -10,9 +11,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jobs.launcher import command, environment
+import torch
 
-DEADLINE = 90.0
+from jobs.launcher import TRAIN, command, environment
+from sparcomm.config import algorithm_from_config
+from sparcomm.doctor import step
+from sparcomm.transport import sim
+
+DEADLINE = 100.0
 
 
 def finish(config: Path, ranks: int, overrides: list[str]) -> subprocess.CompletedProcess[str]:
@@ -47,41 +53,12 @@ def kill_when(config: Path, ranks: int, overrides: list[str], reached: Callable[
             job.wait()
 
 
-def kill_one_when(
-    config: Path, ranks: int, overrides: list[str], reached: Callable[[], bool], rank: int, log: Path
-) -> tuple[int, str]:
-    """Starts a job that torchrun may restart once, and sends SIGKILL to one rank as soon as ``reached``.
-
-    Returns the exit code and all that was printed, once the job has ended.
-    """
-    line = command(config, ranks, overrides)
-    line.insert(line.index("--standalone"), "--max-restarts=1")
-    with log.open("wb") as out:
-        job = subprocess.Popen(line, env=environment(), stdout=out, stderr=out)
-        try:
-            end = time.monotonic() + DEADLINE
-            while not reached():
-                assert job.poll() is None, f"the job ended by itself:\n{log.read_text()}"
-                assert time.monotonic() < end, f"nothing to kill after {DEADLINE} s:\n{log.read_text()}"
-                time.sleep(0.005)
-            (victim,) = [pid for pid in children(job.pid) if _is_rank(pid, rank)]
-            os.kill(victim, signal.SIGKILL)
-            job.wait(DEADLINE)
-        finally:
-            for pid in [job.pid, *children(job.pid)] if job.poll() is None else []:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            job.wait()
-    return job.returncode, log.read_text()
-
-
-def _is_rank(pid: int, rank: int) -> bool:
-    """Whether a process is this rank of a job: what it was started as says so."""
-    try:
-        given = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        return f"RANK={rank}".encode() in given and b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
+def restarted(config: Path, ranks: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs launch/elastic.py to its end; torchrun may start it again once."""
+    line = command(config, ranks, arguments)
+    at = line.index(str(TRAIN))
+    line[at : at + 1] = ["--max-restarts=1", str(TRAIN.with_name("elastic.py"))]
+    return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=DEADLINE, check=False)
 
 
 def children(pid: int) -> list[int]:
@@ -97,3 +74,13 @@ def children(pid: int) -> list[int]:
         found += mine
         todo += mine
     return found
+
+
+def check_sums(printed: str, size: int, launcher: str) -> None:
+    """Ranks of ``sparcomm.doctor.step``: all are there, and have the sums that the simulator gives."""
+    ranks = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert sorted(found["rank"] for found in ranks) == list(range(size)), printed
+    assert {(found["size"], found["launcher"]) for found in ranks} == {(size, launcher)}
+    algorithm = algorithm_from_config({"name": "spardl"})
+    expected = sim.run(size, lambda t: step.reduce(algorithm, t, torch.device("cpu"))).results
+    assert {found["sha256"] for found in ranks} == set(expected)
