@@ -157,7 +157,7 @@ def over_some_ranks(t: MpiTransport) -> None:
     numbers = torch.empty(t.size, dtype=torch.int64)
     t.all_gather(numbers, torch.tensor(after._family.number))
     assert len(set(numbers.tolist())) == 1
-    assert after._family.number > back._family.number
+    assert after._family.number != back._family.number
     for made in (back, after):
         made.close()
 
