@@ -143,7 +143,7 @@ def meet(ranks: Sequence[int], limit: float) -> None:
         who = f"rank {late[0]}" if len(late) == 1 else f"ranks {late}"
         raise PeerError(
             f"making a transport over {len(ranks)} ranks: waiting for {who} of the job: "
-            f"{told or f'not all came within {limit:g} s'}"
+            f"{told or f'nothing within {limit:g} s'}"
         )
 
 
