@@ -17,20 +17,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-import sparcomm
-from sparcomm.algorithms import registry
 from sparcomm.errors import ConfigError, ConfigMismatch, PeerError
-from sparcomm.transport import mpi, sim
+from sparcomm.transport import mpi
 from sparcomm.transport.base import Transport
 from sparcomm.transport.mpi import MpiTransport
 from sparcomm.transport.mpi.library import cuda_aware, library
 from sparcomm.transport.mpi.world import nodes, notices, world
 from support.conformance import CHECKS, bits, floats, sample
-from support.sums import normals
 
 
 def own_abort(t: MpiTransport) -> None:
@@ -212,7 +207,15 @@ def refusals(t: MpiTransport) -> None:
 
 
 def bits_of_the_simulator(t: MpiTransport) -> None:
-    """Every algorithm, as over the simulator: totals, residuals and traffic. Not MPI's own sums, in its own order."""
+    """Every algorithm, as over the simulator: totals, residuals and traffic. Not MPI's own sums, in its own order.
+
+    At one size: every rank loads all kernels.
+    """
+    if t.size != 3:
+        return
+    from sparcomm.algorithms import registry
+    from sparcomm.transport import sim
+
     for cls in registry().values():
         for algorithm in [case for case in cls.cases(t.size) if not getattr(case, "native", False)][:2]:
             made, here = MpiTransport(timeout=20), torch.empty(t.size, 32, dtype=torch.uint8)
@@ -225,6 +228,8 @@ def bits_of_the_simulator(t: MpiTransport) -> None:
 
 def digest(transport: Transport, algorithm: Any) -> Tensor:
     """A digest of three steps on one rank."""
+    from support.sums import normals
+
     state, residual = algorithm.init(300, torch.float32, torch.device("cpu"), transport.size), None
     found = hashlib.sha256()
     for step in range(3):
@@ -239,6 +244,13 @@ def the_hook(t: MpiTransport) -> None:
     """DDP over Gloo, the hook over Gloo and over MPI: the same weights, bit for bit. At one size, for it takes long."""
     if t.size != 2:
         return
+    import torch.distributed as dist
+    from torch import nn
+    from torch.nn.parallel import DistributedDataParallel
+
+    import sparcomm
+    from support.sums import normals
+
     store = dist.FileStore(str(Path(sys.argv[1]) / "store"), t.size)
     dist.init_process_group("gloo", store=store, rank=t.rank, world_size=t.size)
     found: list[tuple[str, bytes, object]] = []
