@@ -78,9 +78,15 @@ def end_job(shown: str, told: str) -> None:
     head = f"[rank {MPI.COMM_WORLD.Get_rank()} of {MPI.COMM_WORLD.Get_size()}] "
     # Not sys.stderr: torch calls excepthook with a buffer there, to add its prefix to the text afterwards.
     stream = sys.__stderr__ or sys.stderr
-    stream.write("".join(f"{head}{line}\n" for line in shown.splitlines()))
-    sys.stdout.flush()
-    stream.flush()
+
+    def say(text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # a pipe that nobody reads any more, a stream that is closed
+            stream.write("".join(f"{head}{line}\n" for line in text.splitlines()))
+            stream.flush()
+
+    say(shown)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
     with contextlib.suppress(OSError, ValueError):  # a stream without a file
         faulthandler.dump_traceback_later(GRACE + LAST, exit=True, file=stream)  # whatever MPI is caught in
     with _once:
@@ -90,8 +96,7 @@ def end_job(shown: str, told: str) -> None:
             while (silent := board.silent()) and time.monotonic() < deadline:
                 time.sleep(0.01)
             if silent:
-                stream.write(f"{head}no answer within {GRACE:g} s, and so stuck or busy: {_ranks(silent)}\n")
-                stream.flush()
+                say(f"no answer within {GRACE:g} s, and so stuck or busy: {_ranks(silent)}")
         MPI.COMM_WORLD.Abort(1)
 
 
