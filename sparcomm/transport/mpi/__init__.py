@@ -78,7 +78,7 @@ class MpiTransport(BaseTransport):
         super().__init__(seat.comm.Get_rank(), seat.comm.Get_size(), seat.family)
         self.comm, self._family, self._ranks = seat.comm, seat.family, seat.ranks
         self._members = zlib.crc32(repr(seat.ranks).encode())  # tells this group from others of the family
-        self.nodes = nodes([node_of()[rank] for rank in seat.ranks])
+        self.nodes: Sequence[Sequence[int]] = nodes([node_of()[rank] for rank in seat.ranks])
         self._device = torch.device(device) if device is not None else None
         self._process, self._staging = os.getpid(), Staging()
         self._tags = int(self.comm.Get_attr(MPI.TAG_UB) or 32767)
@@ -178,15 +178,17 @@ class MpiTransport(BaseTransport):
 
     def _wait(self, requests: list[MPI.Request], peers: list[int], tag: int, *buffers: object) -> None:
         """Waits for all messages, each from or to the peer of the same number."""
-
-        def late() -> list[int]:
-            return sorted({peers[i] for i in pending(requests)})
-
-        def listen() -> str:
-            return notices().look(self._family.number, lambda: [self._ranks[peer] for peer in late()])
-
         statuses = list[MPI.Status]()
         try:
+            if MPI.Request.Testall(requests, statuses):
+                return
+
+            def late() -> list[int]:
+                return sorted({peers[i] for i in pending(requests)})
+
+            def listen() -> str:
+                return notices().look(self._family.number, lambda: [self._ranks[peer] for peer in late()])
+
             self._until(lambda: MPI.Request.Testall(requests, statuses), listen, requests, late, tag, *buffers)
         except MPI.Exception as error:
             codes = [(peer, status.Get_error()) for peer, status in zip(peers, statuses, strict=False)]
