@@ -5,26 +5,30 @@ Tensors are handed over where they lie: CPU tensors always, CUDA tensors if the 
 knows neither bfloat16 nor float16; only the native all_reduce has to know dtypes.
 
 Every wait is a loop with a time limit (waiting.py), in which a rank also hears that another has given up (notices.py).
-Exchanging all with all is point to point: it names the rank that is late.
+Calls that MPI does not let go of end the job when they take longer (watchdog.py). Exchanging all with all is point to
+point: it names the rank that is late.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
 from torch import Tensor
 
-from sparcomm.errors import ConfigError, PeerError
+from sparcomm.errors import PeerError
 from sparcomm.transport.base import Op
-from sparcomm.transport.common import BaseTransport, Shared, nbytes
+from sparcomm.transport.common import BaseTransport, nbytes
 from sparcomm.transport.limits import as_timedelta
 from sparcomm.transport.mpi.library import MPI, cuda_aware
+from sparcomm.transport.mpi.notices import RollCall
+from sparcomm.transport.mpi.seats import Seat, take, take_some
 from sparcomm.transport.mpi.waiting import Interrupted, pending, strand, wait
-from sparcomm.transport.mpi.world import abort_on_error, local, notices, world
+from sparcomm.transport.mpi.watchdog import Guard
+from sparcomm.transport.mpi.world import local, node_of, nodes, notices, world
 from sparcomm.transport.staging import Staging, as_bytes
 
 __all__ = ["MpiTransport"]
@@ -43,27 +47,6 @@ _TYPES = {
     torch.uint8: MPI.UINT8_T,
 }
 _VIA = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.bool: torch.uint8}
-
-
-class Family(Shared):
-    """What a transport and its sub-groups have in common.
-
-    Attributes:
-        number: of the family, the same on all its ranks, and of no other.
-        ranks: of the job, by rank of the first group.
-    """
-
-    def __init__(self, number: int, ranks: list[int]) -> None:
-        super().__init__()
-        self.number, self.ranks = number, ranks
-
-
-@dataclass
-class Seat:
-    """A place in a group that is made already, and whose communicator is ours."""
-
-    comm: MPI.Intracomm
-    family: Family
 
 
 class MpiTransport(BaseTransport):
@@ -91,20 +74,21 @@ class MpiTransport(BaseTransport):
     ) -> None:
         self._timeout = as_timedelta(timeout)
         if seat is None:
-            seat = _take_seat(world() if comm is None else comm, self._timeout.total_seconds())
+            seat = take(world() if comm is None else comm, self._timeout.total_seconds())
         super().__init__(seat.comm.Get_rank(), seat.comm.Get_size(), seat.family)
-        self.comm, self._family = seat.comm, seat.family
+        self.comm, self._family, self._ranks = seat.comm, seat.family, seat.ranks
+        self._members = zlib.crc32(repr(seat.ranks).encode())  # tells this group from others of the family
+        self.nodes: Sequence[Sequence[int]] = nodes([node_of()[rank] for rank in seat.ranks])
         self._device = torch.device(device) if device is not None else None
         self._process, self._staging = os.getpid(), Staging()
         self._tags = int(self.comm.Get_attr(MPI.TAG_UB) or 32767)
 
     @classmethod
     def world(cls, *, device: torch.device | str | None = None, timeout: timedelta | float = TIMEOUT) -> MpiTransport:
-        """Over all ranks that mpirun has started, who from now on end together (``abort_on_error``). Collective.
+        """Over all ranks that mpirun has started. Collective.
 
         Sets LOCAL_WORLD_SIZE, unless it is set, to the number of ranks that share this one's memory.
         """
-        abort_on_error()
         os.environ.setdefault(_LOCAL_SIZE, str(local()[1]))
         return cls(device=device, timeout=timeout)
 
@@ -115,23 +99,12 @@ class MpiTransport(BaseTransport):
         """Over some ranks of the job, in that order. Collective over these; none of them may be missing.
 
         Raises:
-            ConfigError: not all ranks, and the job's others have not called ``world()``.
+            ConfigError: they are no ranks of the job or this one is not among them; not all ranks, and the job's
+                others have not called ``world()``.
+            PeerError: a rank did not come in time.
         """
-        everyone = MPI.COMM_WORLD.Get_size()
-        if len(ranks) < everyone and not world.cache_info().currsize:
-            raise ConfigError(
-                f"transport over {len(ranks)} of {everyone} ranks: all ranks of the job must have called "
-                "sparcomm.transport.mpi.world.world() before, or have imported sparcomm.mpi_backend"
-            )
-        if list(ranks) == list(range(world().Get_size())):
-            return cls(device=device, timeout=timeout)
-        group = world().Get_group().Incl(list(ranks))
-        comm = world().Create_group(group)
-        try:
-            return cls(comm, device=device, timeout=timeout)
-        finally:
-            comm.Free()
-            group.Free()
+        seat = take_some(ranks, as_timedelta(timeout).total_seconds())
+        return cls(device=device, timeout=timeout, seat=seat)
 
     # ---- moving bytes -----------------------------------------------------------------------------------------
 
@@ -163,15 +136,16 @@ class MpiTransport(BaseTransport):
                 requests.append(self.comm.Isend(_block(message, types), peer, slot))
             self._wait(requests, [peer for _, peer in (*receives, *sends)], tag, sends, receives)
         except MPI.Exception as error:
+            strand(requests, sends, receives)
             raise self._failure(sorted({peer for _, peer in (*receives, *sends)}), tag, str(error)) from error
         finally:
             for made in types:
                 made.Free()
 
     def _native_all_reduce(self, x: Tensor, op: Op) -> None:
-        """MPI's blocking Allreduce, behind a barrier with a time limit: Open MPI's Iallreduce takes 3 times as long.
+        """MPI's blocking Allreduce: Open MPI's Iallreduce takes 3 times as long for long tensors.
 
-        So only a rank that stops within the collective can make this one wait longer than the limit.
+        It comes behind a barrier that can be left, so that only a rank that stops within it needs the watchdog.
         """
         self._tag += 1
         flat = x.detach().view(-1)
@@ -179,33 +153,73 @@ class MpiTransport(BaseTransport):
         host = self._outgoing("send", known).view(known.dtype)
         peers = [i for i in range(self.size) if i != self.rank]
         try:
-            self._wait([self.comm.Ibarrier()], peers, self._tag)
-            for part in host.split(LONGEST // known.element_size()) if host.numel() else ():
-                place = [_memory(part), part.numel(), _TYPES[part.dtype]]
-                self.comm.Allreduce(MPI.IN_PLACE, place, MPI.SUM if op == "sum" else MPI.MAX)
+            self._all_here(peers)
+            with Guard(self._timeout.total_seconds(), lambda: self._waiting(peers, self._tag, "in MPI_Allreduce")):
+                for part in host.split(LONGEST // known.element_size()) if host.numel() else ():
+                    place = [_memory(part), part.numel(), _TYPES[part.dtype]]
+                    self.comm.Allreduce(MPI.IN_PLACE, place, MPI.SUM if op == "sum" else MPI.MAX)
         except MPI.Exception as error:
             raise self._failure(peers, self._tag, str(error)) from error
         self._arrived("send", known, host.view(torch.uint8))
         if known.data_ptr() != flat.data_ptr():
             flat.copy_(known)
 
+    def _all_here(self, peers: list[int]) -> None:
+        """A barrier with a time limit."""
+        board, limit = notices(), self._timeout.total_seconds()
+        roll = RollCall(board, (self._family.number, self._members, self._tag), self._ranks, limit)
+        request = self.comm.Ibarrier()
+
+        def listen() -> str:
+            roll.look()
+            return board.look(self._family.number, lambda: self._ranks)
+
+        self._until(request.Test, listen, [request], lambda: roll.late() or peers, self._tag)
+
     def _wait(self, requests: list[MPI.Request], peers: list[int], tag: int, *buffers: object) -> None:
-        """Waits for all; what is given up keeps its memory, since MPI may write to it later."""
+        """Waits for all messages, each from or to the peer of the same number."""
+        statuses = list[MPI.Status]()
         try:
-            wait(lambda: MPI.Request.Testall(requests), self._timeout.total_seconds(), self._listen)
+            if MPI.Request.Testall(requests, statuses):
+                return
+
+            def late() -> list[int]:
+                return sorted({peers[i] for i in pending(requests)})
+
+            def listen() -> str:
+                return notices().look(self._family.number, lambda: [self._ranks[peer] for peer in late()])
+
+            self._until(lambda: MPI.Request.Testall(requests, statuses), listen, requests, late, tag, *buffers)
+        except MPI.Exception as error:
+            codes = [(peer, status.Get_error()) for peer, status in zip(peers, statuses, strict=False)]
+            wrong = [(peer, code) for peer, code in codes if code not in (MPI.SUCCESS, MPI.ERR_PENDING)]
+            why = "; ".join(sorted({MPI.Get_error_string(code) for _, code in wrong})) or str(error)
+            strand(requests, *buffers)
+            raise self._failure(sorted({peer for peer, _ in wrong} or set(peers)), tag, why) from None
+
+    def _until(
+        self, done: Callable[[], bool], listen: Callable[[], str], requests: list[MPI.Request],
+        late: Callable[[], list[int]], tag: int, *buffers: object,
+    ) -> None:  # fmt: skip
+        """Waits; what is given up keeps its memory, since MPI may write to it later."""
+        try:
+            wait(done, self._timeout.total_seconds(), listen)
         except Interrupted as error:
-            late = pending(requests)
-            missing = peers if len(requests) < len(peers) else sorted({peers[i] for i in late})
+            missing = late()
             strand(requests, *buffers)
             raise self._failure(missing, tag, str(error)) from None
+        except KeyboardInterrupt:
+            strand(requests, *buffers)
+            self._shared.dead = self._shared.dead or f"{self._waiting(late(), tag, 'interrupted')}"
+            raise
 
-    def _listen(self) -> str:
-        return notices().look(self._family.number)
+    def _waiting(self, peers: list[int], tag: int, why: str) -> str:
+        who = f"rank {peers[0]}" if len(peers) == 1 else f"ranks {peers}"
+        return f"{self.where()}: waiting for {who} of {self.size} (tag {tag}): {why}"
 
     def _failure(self, peers: list[int], tag: int, why: str) -> PeerError:
         """The error of a wait on those peers, after which this transport is of no use."""
-        who = f"rank {peers[0]}" if len(peers) == 1 else f"ranks {peers}"
-        text = f"{self.where()}: waiting for {who} of {self.size} (tag {tag}): {why}"
+        text = self._waiting(peers, tag, why)
         self._shared.dead = self._shared.dead or text
         return PeerError(text)
 
@@ -242,8 +256,11 @@ class MpiTransport(BaseTransport):
 
     def _make_split(self, members: list[int], color: int) -> MpiTransport:
         # Colors and keys may be any integers, MPI's must fit an int: the first member names the group.
-        comm = MPI.Intracomm(self.comm.Split(members[0], members.index(self.rank)))
-        return MpiTransport(device=self._device, timeout=self._timeout, seat=Seat(comm, self._family))
+        peers = [i for i in range(self.size) if i != self.rank]
+        with Guard(self._timeout.total_seconds(), lambda: self._waiting(peers, self._tag, "in MPI_Comm_split")):
+            comm = MPI.Intracomm(self.comm.Split(members[0], members.index(self.rank)))
+        seat = Seat(comm, self._family, [self._ranks[member] for member in members])
+        return MpiTransport(device=self._device, timeout=self._timeout, seat=seat)
 
     def _die(self) -> None:
         try:
@@ -259,28 +276,6 @@ class MpiTransport(BaseTransport):
         self._staging.clear()
         if not self._shared.dead and not MPI.Is_finalized():  # a dead one may have messages under way
             self.comm.Free()
-
-
-def _take_seat(comm: MPI.Intracomm, limit: float) -> Seat:
-    """A duplicate of ``comm``, and a new family. Collective, with a time limit."""
-    board = notices()
-
-    def until(request: MPI.Request, what: str) -> None:
-        try:
-            wait(request.Test, limit, lambda: board.look(0))
-        except Interrupted as error:
-            strand([request], comm)
-            raise PeerError(f"making a transport over {comm.Get_size()} ranks: {what}: {error}") from None
-
-    own, request = comm.Idup()
-    until(request, "not all ranks came")
-    mine = own.Get_group()
-    ranks = mine.Translate_ranks(list(range(own.Get_size())), world().Get_group())
-    if MPI.UNDEFINED in ranks:
-        raise ConfigError(f"communicator of {own.Get_size()} ranks: all must be ranks that mpirun has started")
-    request, answer = board.new_family(own)
-    until(request, "no agreement on its number")
-    return Seat(own, Family(board.named(answer), ranks))
 
 
 def _block(message: Tensor, types: list[MPI.Datatype]) -> tuple[MPI.buffer, int, MPI.Datatype]:
