@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -23,9 +23,31 @@ from torch import Tensor
 from sparcomm.transport.mpi.library import MPI
 from sparcomm.transport.mpi.waiting import BRISK, LISTEN, LONGEST, SHORTEST, WORKED, Interrupted, wait
 
-Steps = Iterator[Sequence[MPI.Request] | None]  # None: to be resumed at the next look
+Requests = list[MPI.Request]
+# None: to be resumed at the next look. What is sent back says how the requests have ended.
+Steps = Generator[Requests | None, "list[MPI.Status]", None]
 NO_LIMIT = timedelta(0)
+SIZES = "ranks have called it with tensors of different sizes, or have called different operations"
 LATER = 1e-4  # seconds before the first look at a new work, since most callers wait for it themselves at once
+
+
+class Received(list[MPI.Request]):
+    """Requests, of which the first ones are receives that have to bring so many bytes, neither more nor fewer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: list[int] = []
+
+    def expect(self, request: MPI.Request, nbytes: int) -> None:
+        """Adds a receive; sends come after the last of them."""
+        self.append(request)
+        self._sizes.append(nbytes)
+
+    def check(self, statuses: Sequence[MPI.Status]) -> None:
+        """Raises ValueError if one was shorter; MPI itself has raised if one was longer."""
+        for status, nbytes in zip(statuses, self._sizes, strict=False):
+            if (got := status.Get_count(MPI.BYTE)) != nbytes:
+                raise ValueError(f"{got} bytes came from rank {status.Get_source()}, {nbytes} were expected: {SIZES}")
 
 
 class Health:
@@ -36,11 +58,20 @@ class Health:
     """
 
     def __init__(self, listen: Callable[[], str]) -> None:
-        self.broken, self.listen = "", listen
+        self.broken, self._aborted, self._listen = "", "", listen
 
     def fail(self, reason: str) -> None:
         """From now on no operation can be started; the first reason counts."""
         self.broken = self.broken or reason
+
+    def abort(self, reason: str) -> None:
+        """The same, and those who wait stop waiting."""
+        self.fail(reason)
+        self._aborted = reason
+
+    def listen(self) -> str:
+        """What has made waiting pointless; "" = nothing."""
+        return self._aborted or self._listen()
 
 
 class MpiWork(dist.Work):
@@ -66,14 +97,15 @@ class MpiWork(dist.Work):
         self._done, self._error = False, None
         self._promise: Any = None
         self._future: Any = None
-        self._source = -1
+        self._source, self._statuses = -1, []
         self._waited = 0  # threads that wait for it, and so move it on
         try:
             self._requests = next(steps)
         except StopIteration:
             self._end(None)
         except MPI.Exception as error:
-            raise dist.DistBackendError(f"mpi4py backend, {name}: {error}") from None
+            _strand(None, error)
+            raise dist.DistBackendError(f"mpi4py backend, {name}: {reason(error)}") from None
 
     # ---- moving it on ---------------------------------------------------------------------------------------------
 
@@ -83,33 +115,39 @@ class MpiWork(dist.Work):
             return self._done
         try:
             while not self._done and self._arrived():
-                self._requests = next(self._steps)
+                self._requests = self._steps.send(self._statuses)
                 if self._requests is None:
                     break
         except StopIteration:
             self._end(None)
         except Exception as error:  # noqa: BLE001  whatever it is belongs to whoever waits
-            self.give_up(f"{type(error).__name__}: {error}")
+            _strand(None, error)  # whose traceback holds what a failed step held
+            self.give_up(reason(error, self._statuses))
         finally:
             self._moving.release()
         return self._done
 
     def _arrived(self) -> bool:
-        if self._requests is None:
+        requests = self._requests
+        if requests is None:
             return True
-        if len(self._requests) != 1:
-            return MPI.Request.Testall(self._requests)
-        status = MPI.Status()
-        if arrived := self._requests[0].Test(status):
-            self._source = status.Get_source()
-        return arrived
+        statuses = self._statuses = self._statuses[: len(requests)]
+        while len(statuses) < len(requests):
+            statuses.append(MPI.Status())
+        if not MPI.Request.Testall(requests, statuses):
+            return False
+        if len(requests) == 1:
+            self._source = statuses[0].Get_source()
+        if isinstance(requests, Received):
+            requests.check(statuses)
+        return True
 
     def check(self) -> None:
         """Gives up if time has run out, or another rank has."""
         if self._done:
             return
         if time.monotonic() > self._deadline:
-            self.expire(f"timeout of {self._limit:g} s: a rank is late, stuck or gone")
+            self.expire(f"timeout of {self._limit:g} s: a rank is late, stuck or gone, or has called something else")
         elif told := self.health.listen():
             self.expire(told)
 
@@ -129,7 +167,7 @@ class MpiWork(dist.Work):
         with self._gate:
             self._error, self._done = error, True
             promise, self._promise = self._promise, None
-        self._steps, self._requests = iter(()), []
+        self._steps, self._requests = _nothing(), []
         if promise is not None:
             PROGRESS.resolve(promise, self.outputs, error)
 
@@ -155,7 +193,8 @@ class MpiWork(dist.Work):
         """
         if not self.poll():
             asked, left = timeout.total_seconds(), self._deadline - time.monotonic()
-            self._waited += 1
+            with self._gate:
+                self._waited += 1
             try:
                 wait(self.poll, min(asked, left) if asked > 0 else left, self.health.listen)
             except Interrupted as stop:
@@ -167,7 +206,8 @@ class MpiWork(dist.Work):
                 PROGRESS.watch(self)  # its memory must outlive what MPI does to it
                 raise
             finally:
-                self._waited -= 1
+                with self._gate:
+                    self._waited -= 1
         if self._error is not None:
             raise self._error
         return True
@@ -217,7 +257,22 @@ class MpiWork(dist.Work):
         return self._future
 
 
-def _strand(requests: Sequence[MPI.Request] | None, *buffers: object) -> None:
+def _nothing() -> Steps:
+    yield from ()
+
+
+def reason(error: Exception, statuses: Sequence[MPI.Status] = ()) -> str:
+    """What to say of an error."""
+    if not isinstance(error, MPI.Exception):
+        return f"{type(error).__name__}: {error}"
+    codes = [error.Get_error_code()]
+    if error.Get_error_class() == MPI.ERR_IN_STATUS:  # the requests that have failed know why
+        codes = [code for status in statuses if (code := status.Get_error()) not in (MPI.SUCCESS, MPI.ERR_PENDING)]
+    text = "; ".join(dict.fromkeys(map(MPI.Get_error_string, codes))) or str(error)
+    return f"{text}: {SIZES}" if MPI.ERR_TRUNCATE in map(MPI.Get_error_class, codes) else text
+
+
+def _strand(requests: Requests | None, *buffers: object) -> None:
     """Withdraws receives, and keeps for good the memory of what cannot be withdrawn: MPI may still use it."""
     for request in requests or ():
         with contextlib.suppress(MPI.Exception):  # a collective's
@@ -268,7 +323,10 @@ class Progress:
 
     def resolve(self, promise: Any, outputs: list[Tensor], error: Exception | None) -> None:
         """Completes a future on a thread of its own."""
-        self._callbacks.submit(_resolve, promise, outputs, error)
+        try:
+            self._callbacks.submit(_resolve, promise, outputs, error)
+        except RuntimeError:  # the interpreter ends, and starts no threads any more
+            _resolve(promise, outputs, error)
 
     def _stop(self) -> None:
         self._stopped = True
