@@ -18,12 +18,27 @@ from sparcomm.mpi_backend.reductions import Reduction
 from sparcomm.mpi_backend.work import Received, Requests, Steps
 from sparcomm.transport.mpi.library import MPI
 
-# Tags of one kind: half of what MPI has, 1 << 30 with Open MPI and at least 1 << 14. An operation's tag comes again
-# after so many others, by when it must have ended.
-TAGS = ((MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 0x7FFF) + 1) // 2
+# As many tags as MPI has, 1 << 31 with Open MPI and at least 1 << 15. An operation's comes again after so many others,
+# by when it must have ended.
+TAGS = (MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 0x7FFF) + 1
 SEGMENT = 1 << 20  # bytes that are added up at once, so that they are still in the cache
 NATIVE = 1 << 19  # bytes up to which MPI's own Iallreduce is used
 GATHERED = 1 << 14  # bytes, of all ranks, up to which what MPI cannot add is gathered on all ranks and added there
+
+
+# Communicators that this rank has left, with a barrier that ends when all have. Freed earlier, their numbers could go
+# to new ones while messages are still on their way, which would then be taken for the new ones'.
+_leaving: list[tuple[MPI.Request, list[MPI.Intracomm]]] = []
+
+
+def free_left() -> None:
+    """Frees the communicators that all their ranks have left."""
+    for left in list(_leaving):
+        request, comms = left
+        if request.Test():
+            _leaving.remove(left)
+            for comm in comms:
+                comm.Free()
 
 
 class Channel:
@@ -37,20 +52,16 @@ class Channel:
     def __init__(self, comm: MPI.Intracomm, pairs: MPI.Intracomm) -> None:
         self.comm, self.pairs = comm, pairs
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
-        self._calls, self._monitored = itertools.count(), itertools.count()
+        self._calls = itertools.count()
 
-    def free(self) -> None:
-        """Gives the communicators back. Collective."""
-        self.comm.Free()
-        self.pairs.Free()
+    def leave(self) -> None:
+        """Gives the communicators back, once all their ranks have called this. Does not wait for them."""
+        _leaving.append((self.comm.Ibarrier(), [self.comm, self.pairs]))
+        free_left()
 
     def next_tag(self) -> int:
         """The tag of one operation; ranks that call the same operations get the same one."""
         return next(self._calls) % TAGS
-
-    def next_monitored_tag(self) -> int:
-        """As ``next_tag``, for barriers: a rank that misses one of them stays in step with everything else."""
-        return TAGS + next(self._monitored) % TAGS
 
     # ---- moving ---------------------------------------------------------------------------------------------------
 

@@ -26,12 +26,16 @@ class MpiGroup(Identity):
     Args:
         store: of the group, for those who ask for it; not used here.
         channel: whose communicators become the group's.
+        roll: of the same ranks.
         timeout: after which an operation fails.
         listen: tells what has made waiting pointless; "" = nothing.
     """
 
-    def __init__(self, store: Any, channel: Channel, timeout: timedelta, listen: Callable[[], str]) -> None:
+    def __init__(
+        self, store: Any, channel: Channel, roll: monitor.Roll, timeout: timedelta, listen: Callable[[], str]
+    ) -> None:
         super().__init__(channel.rank, channel.size, store)
+        self._roll = roll
         self._channel, self._timeout, self._health = channel, timeout, Health(listen)
         self._gathering: list[MpiWork] | None = None
 
@@ -72,7 +76,7 @@ class MpiGroup(Identity):
     def shutdown(self) -> None:
         """Gives the communicators back, unless a failure has left something under way on them."""
         if not self._health.broken and not PROGRESS.under_way(self._health):
-            self._channel.free()
+            self._channel.leave()
         self._health.fail("it was destroyed")
 
     def _start_coalescing(self, device: torch.device) -> None:
@@ -359,6 +363,4 @@ class MpiGroup(Identity):
         Raises:
             DistBackendError: a rank did not come in time.
         """
-        channel, limit = self._channel, self._timeout if timeout is None else timeout
-        tag, everyone = channel.next_monitored_tag(), range(channel.size)
-        monitor.barrier(channel.comm, everyone, tag, limit, self._health.listen, wait_all_ranks)
+        self._roll.call(self._timeout if timeout is None else timeout, self._health.listen, wait_all_ranks)

@@ -147,7 +147,8 @@ class MpiWork(dist.Work):
         if self._done:
             return
         if time.monotonic() > self._deadline:
-            self.expire(f"timeout of {self._limit:g} s: a rank is late, stuck or gone, or has called something else")
+            waited = f"Timed out waiting {self._limit * 1e3:g}ms"  # Gloo's words
+            self.expire(f"{waited}: a rank is late, stuck or gone, or has called something else")
         elif told := self.health.listen():
             self.expire(told)
 
