@@ -56,7 +56,8 @@ class Channel:
 
     def leave(self) -> None:
         """Gives the communicators back, once all their ranks have called this. Does not wait for them."""
-        _leaving.append((self.comm.Ibarrier(), [self.comm, self.pairs]))
+        # Not on ``comm``, where it would be taken for a barrier in which others wait for this rank.
+        _leaving.append((self.pairs.Ibarrier(), [self.comm, self.pairs]))
         free_left()
 
     def next_tag(self) -> int:

@@ -21,13 +21,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparcomm.transport.mpi.library import MPI
-from sparcomm.transport.mpi.waiting import BRISK, LISTEN, LONGEST, SHORTEST, WORKED, Interrupted, wait
+from sparcomm.transport.mpi.waiting import BRISK, LISTEN, LONGEST, SHORTEST, Interrupted, wait
 
 Requests = list[MPI.Request]
 # None: to be resumed at the next look. What is sent back says how the requests have ended.
 Steps = Generator[Requests | None, "list[MPI.Status]", None]
 NO_LIMIT = timedelta(0)
 SIZES = "ranks have called it with tensors of different sizes, or have called different operations"
+LINGER = 5e-3  # seconds that the thread stays awake for the next work, since waking it costs more than a short message
+QUIET, RARE = 0.1, 5e-3  # seconds without a change after which the thread looks so seldom: it takes a core's time
+MOVED = 6e-5  # seconds of a core: a look at all works that took longer has moved data
 LATER = 1e-4  # seconds before the first look at a new work, since most callers wait for it themselves at once
 
 
@@ -131,15 +134,18 @@ class MpiWork(dist.Work):
         requests = self._requests
         if requests is None:
             return True
-        statuses = self._statuses = self._statuses[: len(requests)]
-        while len(statuses) < len(requests):
-            statuses.append(MPI.Status())
+        checked = isinstance(requests, Received)
+        if not checked and len(requests) != 1:  # no more than needed, since this is called again and again
+            self._statuses = []
+            return MPI.Request.Testall(requests)
+        if len(statuses := self._statuses) != len(requests):
+            statuses = self._statuses = [MPI.Status() for _ in requests]
         if not MPI.Request.Testall(requests, statuses):
             return False
-        if len(requests) == 1:
-            self._source = statuses[0].Get_source()
-        if isinstance(requests, Received):
+        if checked:
             requests.check(statuses)
+        else:
+            self._source = statuses[0].Get_source()
         return True
 
     def check(self) -> None:
@@ -305,17 +311,19 @@ class Progress:
         # A callback of a future may wait for another future, so callbacks must not hold up the thread that moves
         # works on, nor each other.
         self._callbacks = ThreadPoolExecutor(16, "sparcomm-mpi-future")
-        self._stopped, self._checked = False, 0.0
+        self._stopped, self._parked, self._checked = False, False, 0.0
 
     def watch(self, work: MpiWork) -> None:
         """Moves the work on, and keeps it in memory, until it ends."""
         with self._lock:
             self._works[work] = None
+            if self._parked:
+                self._parked = False
+                self._wake.set()
             if self._thread is None and not self._stopped:
                 self._thread = threading.Thread(target=self._run, name="sparcomm-mpi", daemon=True)
                 self._thread.start()
                 atexit.register(self._stop)
-        self._wake.set()
 
     def under_way(self, health: Health) -> list[MpiWork]:
         """The works of one group that have not ended."""
@@ -330,7 +338,8 @@ class Progress:
             _resolve(promise, outputs, error)
 
     def _stop(self) -> None:
-        self._stopped = True
+        with self._lock:
+            self._stopped = True
         self._wake.set()
         if self._thread is not None:
             self._thread.join()
@@ -340,23 +349,35 @@ class Progress:
         while not self._stopped:
             with self._lock:
                 works = list(self._works)
-            if not works:
-                self._wake.wait()
-                self._wake.clear()
-                time.sleep(LATER)
-                busy, pause = time.monotonic(), SHORTEST
-                continue
             before = time.monotonic()
-            if self._sweep(works) or time.monotonic() - before > WORKED * len(works):
+            if not works:
+                if before - busy > LINGER:
+                    self._park()
+                    busy = time.monotonic()
+                time.sleep(LATER)
+                pause = SHORTEST
+                continue
+            if self._sweep(works):
                 busy, pause = time.monotonic(), SHORTEST
-            if before - busy < BRISK:
+            if before - busy < BRISK and not all(work.waited for work in works):
                 os.sched_yield()
             else:
                 time.sleep(pause)
-                pause = min(1.5 * pause, LONGEST)
+                pause = min(1.5 * pause, LONGEST if before - busy < QUIET else RARE)
+
+    def _park(self) -> None:
+        """Waits for a work."""
+        with self._lock:
+            self._wake.clear()
+            self._parked = not self._works and not self._stopped
+        if self._parked:
+            self._wake.wait()
 
     def _sweep(self, works: list[MpiWork]) -> bool:
+        """Moves the works on; whether that has changed something."""
+        spent = time.thread_time()  # of the clock a look takes long, whatever it does, where ranks outnumber cores
         ended = [work for work in works if (work.done if work.waited else work.poll())]
+        moved = bool(ended) or time.thread_time() - spent > MOVED
         if (now := time.monotonic()) - self._checked > LISTEN:
             self._checked = now
             for work in works:
@@ -364,7 +385,7 @@ class Progress:
         with self._lock:
             for work in ended:
                 self._works.pop(work, None)
-        return bool(ended)
+        return moved
 
 
 PROGRESS = Progress()
