@@ -93,6 +93,8 @@ def test_a_part_of_pytorchs_own_tests(tmp_path: Path) -> None:
         "test_barrier_full_group",
         "test_broadcast_group",
         "test_isend_autograd_profiler",
+        "test_monitored_barrier_failure_order",  # leaves messages that nobody receives, to the next group
+        "test_monitored_barrier_gloo",
         "test_reduce_scatter_v_cuda",
         "test_scatter_complex",
         "test_send_recv_any_source",
