@@ -10,7 +10,8 @@ lets ``dist.monitored_barrier``, which PyTorch keeps for Gloo, take groups of th
 from __future__ import annotations
 
 from sparcomm.mpi_backend.environment import fill, launched
-from sparcomm.mpi_backend.group import NAME, MpiGroup
+from sparcomm.mpi_backend.group import MpiGroup
+from sparcomm.mpi_backend.identity import NAME
 from sparcomm.mpi_backend.register import register
 from sparcomm.transport.mpi.world import abort_on_error
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from sparcomm.mpi_backend.reductions import name_of
 from sparcomm.mpi_backend.work import MpiWork, Steps
 
 c10d: Any = dist.distributed_c10d  # whose options are documented, but not exported
@@ -39,6 +40,14 @@ def options(kind: Any, opts: Any, more: dict[str, Any]) -> Any:
         if value is not None:
             setattr(made, {"op": "reduceOp", "root": "rootRank"}.get(name, name), value)
     return made
+
+
+def described(name: str, opts: Any, alike: Tensor | None) -> str:
+    """What a collective is, in a line that must be the same on all ranks."""
+    op = f" {name_of(opts.reduceOp)}" if hasattr(opts, "reduceOp") else ""
+    if hasattr(opts, "rootRank"):
+        op += f" with root {opts.rootRank}"
+    return f"{name}{op}" + ("" if alike is None else f" of {alike.numel()} elements of {alike.dtype}")
 
 
 def split(t: Tensor, sizes: Sequence[int] | None, ranks: int) -> dict[int, Tensor]:

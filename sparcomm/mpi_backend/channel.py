@@ -8,20 +8,37 @@ time, so they are point to point, under a tag that is the operation's own.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from sparcomm.mpi_backend.buffers import LONGEST, pieces, view
 from sparcomm.mpi_backend.reductions import Reduction
+from sparcomm.mpi_backend.work import Received, Requests, Steps
 from sparcomm.transport.mpi.library import MPI
 
-Requests = list[MPI.Request]
-TAGS = 1 << 14  # of one kind; every MPI has 1 << 15
+# As many tags as MPI has, 1 << 31 with Open MPI and at least 1 << 15. An operation's comes again after so many others,
+# by when it must have ended.
+TAGS = (MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 0x7FFF) + 1
 SEGMENT = 1 << 20  # bytes that are added up at once, so that they are still in the cache
 NATIVE = 1 << 19  # bytes up to which MPI's own Iallreduce is used
 GATHERED = 1 << 14  # bytes, of all ranks, up to which what MPI cannot add is gathered on all ranks and added there
+
+
+# Communicators that this rank has left, with a barrier that ends when all have. Freed earlier, their numbers could go
+# to new ones while messages are still on their way, which would then be taken for the new ones'.
+_leaving: list[tuple[MPI.Request, list[MPI.Intracomm]]] = []
+
+
+def free_left() -> None:
+    """Frees the communicators that all their ranks have left."""
+    for left in list(_leaving):
+        request, comms = left
+        if request.Test():
+            _leaving.remove(left)
+            for comm in comms:
+                comm.Free()
 
 
 class Channel:
@@ -35,33 +52,31 @@ class Channel:
     def __init__(self, comm: MPI.Intracomm, pairs: MPI.Intracomm) -> None:
         self.comm, self.pairs = comm, pairs
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
-        self._calls, self._monitored = itertools.count(), itertools.count()
+        self._calls = itertools.count()
 
-    def free(self) -> None:
-        """Gives the communicators back. Collective."""
-        self.comm.Free()
-        self.pairs.Free()
+    def leave(self) -> None:
+        """Gives the communicators back, once all their ranks have called this. Does not wait for them."""
+        # Not on ``comm``, where it would be taken for a barrier in which others wait for this rank.
+        _leaving.append((self.pairs.Ibarrier(), [self.comm, self.pairs]))
+        free_left()
 
     def next_tag(self) -> int:
         """The tag of one operation; ranks that call the same operations get the same one."""
         return next(self._calls) % TAGS
 
-    def next_monitored_tag(self) -> int:
-        """As ``next_tag``, for barriers: a rank that misses one of them stays in step with everything else."""
-        return TAGS + next(self._monitored) % TAGS
-
     # ---- moving ---------------------------------------------------------------------------------------------------
 
     def post(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], tag: int) -> Requests:
         """Starts messages to and from the given ranks; tensors are plain, and empty ones do not travel."""
-        requests: Requests = []
+        requests = Received()
         for peer, t in receives.items():
-            requests += [self.comm.Irecv([part, MPI.BYTE], peer, tag) for part in pieces(t) if t.numel()]
+            for part in pieces(t) if t.numel() else ():
+                requests.expect(self.comm.Irecv([part, MPI.BYTE], peer, tag), len(part))
         for peer, t in sends.items():
             requests += [self.comm.Isend([part, MPI.BYTE], peer, tag) for part in pieces(t) if t.numel()]
         return requests
 
-    def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], tag: int) -> Iterator[Requests]:
+    def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], tag: int) -> Steps:
         """Messages to and from the given ranks, itself among them."""
         mine = receives.get(self.rank)
         yield self.post(self._others(sends), self._others(receives), tag)
@@ -73,11 +88,20 @@ class Channel:
         order = [(self.rank + i) % self.size for i in range(1, self.size)]
         return {peer: tensors[peer] for peer in order if peer in tensors}
 
-    def broadcast(self, t: Tensor, root: int) -> Iterator[Requests]:
+    def broadcast(self, t: Tensor, root: int) -> Steps:
         """``t`` of the root."""
         yield [self.comm.Ibcast([part, MPI.BYTE], root) for part in pieces(t)]
 
-    def gather_all(self, out: Tensor, t: Tensor, tag: int) -> Iterator[Requests]:
+    def receive(self, t: Tensor, peer: int, tag: int) -> Steps:
+        """The caller's own message, from a rank or ``MPI.ANY_SOURCE``; it may be shorter than ``t``."""
+        first, *others = pieces(t)
+        if others and peer == MPI.ANY_SOURCE:  # the rest has to come from the same rank
+            statuses = yield [self.pairs.Irecv([first, MPI.BYTE], peer, tag)]
+            yield [self.pairs.Irecv([part, MPI.BYTE], statuses[0].Get_source(), tag) for part in others]
+        else:
+            yield [self.pairs.Irecv([part, MPI.BYTE], peer, tag) for part in (first, *others)]
+
+    def gather_all(self, out: Tensor, t: Tensor, tag: int) -> Steps:
         """``out`` becomes the ranks' ``t``, one after the other; ``t`` may be its place in there."""
         rows = out.view(-1).view(self.size, t.numel())
         if t.nbytes > LONGEST:
@@ -89,7 +113,7 @@ class Channel:
 
     # ---- reducing -------------------------------------------------------------------------------------------------
 
-    def reduce_all(self, t: Tensor, how: Reduction, tag: int) -> Iterator[Requests]:
+    def reduce_all(self, t: Tensor, how: Reduction, tag: int) -> Steps:
         """``t`` becomes the reduction of all ranks' ``t``, the same bits on each."""
         native = how.native
         if self.size == 1:
@@ -105,7 +129,7 @@ class Channel:
             parts = self.parts(t)
             yield from self.reduce_parts(parts, parts[self.rank], how, tag, range(self.size))
 
-    def reduce_to(self, t: Tensor, out: Tensor, root: int, how: Reduction, tag: int) -> Iterator[Requests]:
+    def reduce_to(self, t: Tensor, out: Tensor, root: int, how: Reduction, tag: int) -> Steps:
         """``out`` of the root becomes the reduction of all ranks' ``t``."""
         parts = self.parts(t)
         yield from self.reduce_parts(parts, torch.empty_like(parts[self.rank]), how, tag, [root], self.parts(out))
@@ -124,7 +148,7 @@ class Channel:
         tag: int,
         readers: Sequence[int] = (),
         results: Sequence[Tensor] | None = None,
-    ) -> Iterator[Requests]:
+    ) -> Steps:
         """``out`` becomes the reduction of all ranks' ``parts[rank]``, which then goes to the ``readers``.
 
         Segment by segment: while one is added up, the next one travels.

@@ -11,72 +11,33 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparcomm.mpi_backend import monitor, sparse
-from sparcomm.mpi_backend.arguments import c10d, listed, options, split, wait_for
+from sparcomm.mpi_backend.arguments import c10d, described, listed, options, split, wait_for
 from sparcomm.mpi_backend.buffers import deliver, incoming, outgoing, pieces, same_dtype
 from sparcomm.mpi_backend.channel import Channel
+from sparcomm.mpi_backend.identity import NAME, Identity
 from sparcomm.mpi_backend.reductions import as_real, reduction
 from sparcomm.mpi_backend.work import PROGRESS, Health, MpiWork, Steps
 from sparcomm.transport.mpi.library import MPI
 
-NAME = "mpi4py"
-# torch's short and long forms of one method, and its older names for others, are more than type checkers can follow.
-Base: Any = dist.ProcessGroup
 
-
-class MpiGroup(Base):
+class MpiGroup(Identity):
     """A process group over MPI communicators.
 
     Args:
         store: of the group, for those who ask for it; not used here.
         channel: whose communicators become the group's.
+        roll: of the same ranks.
         timeout: after which an operation fails.
         listen: tells what has made waiting pointless; "" = nothing.
     """
 
-    def __init__(self, store: Any, channel: Channel, timeout: timedelta, listen: Callable[[], str]) -> None:
-        super().__init__(channel.rank, channel.size)
-        self._store = store
+    def __init__(
+        self, store: Any, channel: Channel, roll: monitor.Roll, timeout: timedelta, listen: Callable[[], str]
+    ) -> None:
+        super().__init__(channel.rank, channel.size, store)
+        self._roll = roll
         self._channel, self._timeout, self._health = channel, timeout, Health(listen)
-        self._called: list[str] = ["", "undefined"]  # the group's name and description
         self._gathering: list[MpiWork] | None = None
-
-    # ---- what it is -----------------------------------------------------------------------------------------------
-
-    def getBackendName(self) -> str:  # noqa: N802  torch's name
-        """The name it is registered under."""
-        return NAME
-
-    def getRank(self) -> int:  # noqa: N802
-        """This rank in the group."""
-        return self._channel.rank
-
-    def getSize(self) -> int:  # noqa: N802
-        """Ranks of the group."""
-        return self._channel.size
-
-    def name(self) -> str:
-        """The name it is registered under."""
-        return NAME
-
-    def setGroupName(self, name: str) -> None:  # noqa: N802
-        """The name under which functional collectives find it."""
-        self._called[0] = name
-
-    def getGroupName(self) -> str:  # noqa: N802
-        """The name under which functional collectives find it."""
-        return self._called[0]
-
-    def setGroupDesc(self, text: str) -> None:  # noqa: N802
-        """What it is for."""
-        self._called[1] = text
-
-    def getGroupDesc(self) -> str:  # noqa: N802
-        """What it is for."""
-        return self._called[1]
-
-    def get_group_store(self) -> Any:
-        """The group's own part of torch's store."""
-        return self._store
 
     def set_timeout(self, timeout: timedelta) -> None:
         """For operations that start from now on."""
@@ -84,12 +45,21 @@ class MpiGroup(Base):
 
     # ---- running --------------------------------------------------------------------------------------------------
 
-    def _start(self, name: str, steps: Steps, outputs: list[Tensor], options: Any = None) -> MpiWork:
-        """Starts an operation: its first step now, the others as MPI gets on."""
+    def _start(
+        self, name: str, steps: Steps, outputs: list[Tensor], options: Any = None, alike: Tensor | None = None
+    ) -> MpiWork:
+        """Starts an operation: its first step now, the others as MPI gets on.
+
+        Args:
+            options: of a collective; None: a message of the caller.
+            alike: of the same size and dtype on all ranks.
+        """
         if self._health.broken:
             raise dist.DistBackendError(f"the {NAME} group cannot be used any more: {self._health.broken}")
         asked = getattr(options, "timeout", self._timeout)
         limit = (asked if asked > timedelta(0) else self._timeout).total_seconds()
+        if options is not None and c10d.get_debug_level() == c10d.DebugLevel.DETAIL:
+            monitor.same(self._channel.comm, described(name, options, alike), limit, self._health)
         work = MpiWork(name, steps, outputs, limit, self._health)
         if not work.poll() and getattr(options, "asyncOp", True):
             PROGRESS.watch(work)
@@ -99,14 +69,14 @@ class MpiGroup(Base):
 
     def abort(self) -> None:
         """Makes the operations under way fail, and all later ones."""
-        self._health.fail("it was aborted")
+        self._health.abort("the group was aborted")
         for work in PROGRESS.under_way(self._health):
             work.expire("the group was aborted")
 
     def shutdown(self) -> None:
         """Gives the communicators back, unless a failure has left something under way on them."""
         if not self._health.broken and not PROGRESS.under_way(self._health):
-            self._channel.free()
+            self._channel.leave()
         self._health.fail("it was destroyed")
 
     def _start_coalescing(self, device: torch.device) -> None:
@@ -115,6 +85,9 @@ class MpiGroup(Base):
     def _end_coalescing(self, device: torch.device) -> MpiWork:
         works, self._gathering = self._gathering or [], None
         return self._all("coalesced", works)
+
+    # What C++ calls after torch 2.13.
+    start_coalescing, end_coalescing = _start_coalescing, _end_coalescing
 
     def _all(self, name: str, works: Sequence[MpiWork]) -> MpiWork:
         """One work that ends when all of them have."""
@@ -141,7 +114,7 @@ class MpiGroup(Base):
             yield from channel.reduce_all(host, how, tag)
             deliver(real, host)
 
-        return self._start("all_reduce", steps(), tensors, opts)
+        return self._start("all_reduce", steps(), tensors, opts, t)
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> MpiWork:
         """The same as ``allreduce`` of each."""
@@ -163,13 +136,16 @@ class MpiGroup(Base):
             if channel.rank == root:
                 deliver(real, host)
 
-        return self._start("reduce", steps(), [t], opts)
+        return self._start("reduce", steps(), [t], opts, t)
 
     def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = None, **more: Any) -> MpiWork:
         """``outputs[0]`` becomes the reduction of what all ranks have for this one in ``inputs[0]``."""
+        tag = self._channel.next_tag()
         (out,), parts = listed(outputs), inputs if isinstance(inputs[0], Tensor) else inputs[0]
-        opts = options(c10d.ReduceScatterOptions, opts, more)
-        channel, tag = self._channel, self._channel.next_tag()
+        return self._reduce_scatter(out, parts, options(c10d.ReduceScatterOptions, opts, more), tag)
+
+    def _reduce_scatter(self, out: Tensor, parts: Sequence[Tensor], opts: Any, tag: int) -> MpiWork:
+        channel = self._channel
         same_dtype([out, *parts])
         if len(parts) != channel.size or parts[channel.rank].numel() != out.numel():
             raise ValueError(
@@ -189,12 +165,13 @@ class MpiGroup(Base):
 
     def reduce_scatter_single(self, out: Tensor, t: Tensor, opts: Any = None) -> MpiWork:
         """``out`` becomes this rank's part of the reduction of all ranks' ``t``."""
-        if t.numel() != out.numel() * self._channel.size:
+        tag, size = self._channel.next_tag(), self._channel.size
+        if t.numel() != out.numel() * size:
             raise ValueError(
-                f"reduce_scatter of {t.numel()} elements to {out.numel()}: input must be {self._channel.size} times "
-                "the output"
+                f"reduce_scatter of {t.numel()} elements to {out.numel()}: input must be {size} times the output"
             )
-        return self.reduce_scatter([out], list(outgoing(t).view(-1).view(self._channel.size, out.numel())), opts)
+        parts = list(outgoing(t).view(-1).view(size, out.numel()))
+        return self._reduce_scatter(out, parts, options(c10d.ReduceScatterOptions, opts, {}), tag)
 
     _reduce_scatter_base = reduce_scatter_single
 
@@ -218,12 +195,12 @@ class MpiGroup(Base):
             if channel.rank != root:
                 deliver(t, host)
 
-        return self._start("broadcast", steps(), [t], opts)
+        return self._start("broadcast", steps(), [t], opts, t)
 
     def all_gather_single(self, out: Tensor, t: Tensor, opts: Any = None) -> MpiWork:
         """``out`` becomes the ranks' ``t``, one after the other."""
-        same_dtype([out, t])
         channel, tag = self._channel, self._channel.next_tag()
+        same_dtype([out, t])
         if out.numel() != t.numel() * channel.size:
             raise ValueError(
                 f"all_gather of {t.numel()} elements to {out.numel()}: output must be {channel.size} times the input"
@@ -234,7 +211,7 @@ class MpiGroup(Base):
             yield from channel.gather_all(host, outgoing(t), tag)
             deliver(out, host)
 
-        return self._start("all_gather_single", steps(), [out], opts)
+        return self._start("all_gather_single", steps(), [out], options(c10d.AllgatherOptions, opts, {}), t)
 
     _allgather_base = all_gather_single
 
@@ -247,12 +224,12 @@ class MpiGroup(Base):
 
     def allgather(self, outputs: Any, inputs: Any, opts: Any = None, **more: Any) -> MpiWork:
         """``outputs[0][i]`` becomes rank i's ``inputs[0]``; sizes may differ between ranks."""
+        tag = self._channel.next_tag()
         outs = list(outputs) if isinstance(outputs[0], Tensor) else outputs[0]
         (t,), everyone = listed(inputs), range(self._channel.size)
-        same_dtype([t, *outs])
         self._count("all_gather", outs)
         opts = options(c10d.AllgatherOptions, opts, more)
-        return self._exchange("all_gather", dict.fromkeys(everyone, t), dict(enumerate(outs)), opts)
+        return self._exchange("all_gather", dict.fromkeys(everyone, t), dict(enumerate(outs)), opts, tag)
 
     def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> MpiWork:
         """``outputs[i][j]`` becomes rank i's ``inputs[j]``."""
@@ -263,30 +240,33 @@ class MpiGroup(Base):
 
     def gather(self, outputs: Any, inputs: Any, opts: Any = None, **more: Any) -> MpiWork:
         """The root's ``outputs[0][i]`` becomes rank i's ``inputs[0]``."""
+        tag = self._channel.next_tag()
         (t,), opts = listed(inputs), options(c10d.GatherOptions, opts, more)
         receives: dict[int, Tensor] = {}
         if self._channel.rank == opts.rootRank:
             outs = list(outputs) if isinstance(outputs[0], Tensor) else outputs[0]
             self._count("gather", outs)
             receives = dict(enumerate(outs))
-        return self._exchange("gather", {opts.rootRank: t}, receives, opts)
+        return self._exchange("gather", {opts.rootRank: t}, receives, opts, tag)
 
     def scatter(self, outputs: Any, inputs: Any, opts: Any = None, **more: Any) -> MpiWork:
         """``outputs[0]`` becomes what the root's ``inputs[0]`` has for this rank."""
+        tag = self._channel.next_tag()
         (out,), opts = listed(outputs), options(c10d.ScatterOptions, opts, more)
         sends: dict[int, Tensor] = {}
         if self._channel.rank == opts.rootRank:
             parts = list(inputs) if isinstance(inputs[0], Tensor) else inputs[0]
             self._count("scatter", parts)
             sends = dict(enumerate(parts))
-        return self._exchange("scatter", sends, {opts.rootRank: out}, opts)
+        return self._exchange("scatter", sends, {opts.rootRank: out}, opts, tag)
 
     def alltoall(self, outs: list[Tensor], ts: list[Tensor], opts: Any = None) -> MpiWork:
         """``outs[i]`` becomes what rank i has in its ``ts`` for this rank; sizes may differ."""
+        tag = self._channel.next_tag()
         self._count("all_to_all", outs)
         self._count("all_to_all", ts)
-        same_dtype([*outs, *ts])
-        return self._exchange("all_to_all", dict(enumerate(ts)), dict(enumerate(outs)), opts)
+        opts = options(c10d.AllToAllOptions, opts, {})
+        return self._exchange("all_to_all", dict(enumerate(ts)), dict(enumerate(outs)), opts, tag)
 
     def all_to_all_single(
         self,
@@ -297,11 +277,10 @@ class MpiGroup(Base):
         opts: Any = None,
     ) -> MpiWork:
         """As ``alltoall``, of rows of one tensor; no sizes = as many rows for each rank."""
-        same_dtype([out, t])
-        host, sent = incoming(out), outgoing(t)
-        size = self._channel.size
+        tag, size = self._channel.next_tag(), self._channel.size
+        host, sent, opts = incoming(out), outgoing(t), options(c10d.AllToAllOptions, opts, {})
         receives, sends = split(host, output_split_sizes, size), split(sent, input_split_sizes, size)
-        return self._exchange("all_to_all_single", sends, receives, opts, [(out, host)])
+        return self._exchange("all_to_all_single", sends, receives, opts, tag, [(out, host)])
 
     alltoall_base = all_to_all_single
 
@@ -315,10 +294,18 @@ class MpiGroup(Base):
         sends: dict[int, Tensor],
         receives: dict[int, Tensor],
         opts: Any,
+        tag: int,
         homes: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> MpiWork:
         """Messages to and from ranks; ``homes`` says which tensors come from which host memory, if not as usual."""
-        channel, tag = self._channel, self._channel.next_tag()
+        channel = self._channel
+        same_dtype([*sends.values(), *receives.values()])
+        own = sends.get(channel.rank), receives.get(channel.rank)
+        if own[0] is not None and own[1] is not None and own[0].numel() != own[1].numel():
+            raise ValueError(
+                f"{name}: rank {channel.rank} has {own[0].numel()} elements for itself, and room for "
+                f"{own[1].numel()}: must be as many"
+            )
         outputs = list(receives.values()) if homes is None else [t for t, _ in homes]
 
         def steps() -> Steps:
@@ -348,7 +335,7 @@ class MpiGroup(Base):
 
         def steps() -> Steps:
             host = incoming(t)
-            yield [self._channel.pairs.Irecv([part, MPI.BYTE], peer, tag) for part in pieces(host)]
+            yield from self._channel.receive(host, peer, tag)
             deliver(t, host)
 
         whom = "any rank" if peer == MPI.ANY_SOURCE else f"rank {peer}"
@@ -376,5 +363,4 @@ class MpiGroup(Base):
         Raises:
             DistBackendError: a rank did not come in time.
         """
-        limit = self._timeout if timeout is None else timeout
-        monitor.barrier(self._channel, limit, self._health.listen, wait_all_ranks)
+        self._roll.call(self._timeout if timeout is None else timeout, self._health.listen, wait_all_ranks)

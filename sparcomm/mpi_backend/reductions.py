@@ -84,6 +84,8 @@ class Reduction:
         if self.dtype is torch.bool:
             return MPI.C_BOOL, _TRUTHS[self.kind]
         datatype = _TYPES.get(self.dtype)
+        if self.kind in ("MIN", "MAX") and self.dtype.is_floating_point:
+            return None  # MPI's loses NaNs, torch's keeps them
         return None if datatype is None else (datatype, (_OPS | _BITS)[self.kind])
 
     def prepare(self, t: Tensor) -> Tensor:
@@ -118,7 +120,8 @@ class Reduction:
             self.finish(out)
 
 
-def _name(op: Any) -> str:
+def name_of(op: Any) -> str:
+    """As ``SUM``."""
     return getattr(op, "op", op).name  # torch has the operation itself, and a wrapper with a factor
 
 
@@ -128,7 +131,7 @@ def reduction(op: Any, t: Tensor, size: int) -> Reduction:
     Raises:
         ValueError: it does not exist for the dtype.
     """
-    name = _name(op)
+    name = name_of(op)
     dtype = t.dtype
     floating = dtype.is_floating_point and (dtype in _TYPES or dtype in _HALVES)
     if name == "AVG" and floating:
@@ -147,6 +150,6 @@ def as_real(t: Tensor, op: Any) -> Tensor:
     """A complex tensor as real numbers, where the operation acts on them one by one; other tensors as they are."""
     if not t.is_complex():
         return t
-    if (name := _name(op)) not in _COMPLEX:
+    if (name := name_of(op)) not in _COMPLEX:
         raise ValueError(f"ReduceOp.{name} of {t.dtype}: complex tensors take {', '.join(sorted(_COMPLEX))}")
     return torch.view_as_real(t)

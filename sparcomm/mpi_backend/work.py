@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -21,11 +21,36 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparcomm.transport.mpi.library import MPI
-from sparcomm.transport.mpi.waiting import BRISK, LISTEN, LONGEST, SHORTEST, WORKED, Interrupted, wait
+from sparcomm.transport.mpi.waiting import BRISK, LISTEN, LONGEST, SHORTEST, Interrupted, wait
 
-Steps = Iterator[Sequence[MPI.Request] | None]  # None: to be resumed at the next look
+Requests = list[MPI.Request]
+# None: to be resumed at the next look. What is sent back says how the requests have ended.
+Steps = Generator[Requests | None, "list[MPI.Status]", None]
 NO_LIMIT = timedelta(0)
+SIZES = "ranks have called it with tensors of different sizes, or have called different operations"
+LINGER = 5e-3  # seconds that the thread stays awake for the next work, since waking it costs more than a short message
+QUIET, RARE = 0.1, 5e-3  # seconds without a change after which the thread looks so seldom: it takes a core's time
+MOVED = 6e-5  # seconds of a core: a look at all works that took longer has moved data
 LATER = 1e-4  # seconds before the first look at a new work, since most callers wait for it themselves at once
+
+
+class Received(list[MPI.Request]):
+    """Requests, of which the first ones are receives that have to bring so many bytes, neither more nor fewer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: list[int] = []
+
+    def expect(self, request: MPI.Request, nbytes: int) -> None:
+        """Adds a receive; sends come after the last of them."""
+        self.append(request)
+        self._sizes.append(nbytes)
+
+    def check(self, statuses: Sequence[MPI.Status]) -> None:
+        """Raises ValueError if one was shorter; MPI itself has raised if one was longer."""
+        for status, nbytes in zip(statuses, self._sizes, strict=False):
+            if (got := status.Get_count(MPI.BYTE)) != nbytes:
+                raise ValueError(f"{got} bytes came from rank {status.Get_source()}, {nbytes} were expected: {SIZES}")
 
 
 class Health:
@@ -36,11 +61,20 @@ class Health:
     """
 
     def __init__(self, listen: Callable[[], str]) -> None:
-        self.broken, self.listen = "", listen
+        self.broken, self._aborted, self._listen = "", "", listen
 
     def fail(self, reason: str) -> None:
         """From now on no operation can be started; the first reason counts."""
         self.broken = self.broken or reason
+
+    def abort(self, reason: str) -> None:
+        """The same, and those who wait stop waiting."""
+        self.fail(reason)
+        self._aborted = reason
+
+    def listen(self) -> str:
+        """What has made waiting pointless; "" = nothing."""
+        return self._aborted or self._listen()
 
 
 class MpiWork(dist.Work):
@@ -66,14 +100,15 @@ class MpiWork(dist.Work):
         self._done, self._error = False, None
         self._promise: Any = None
         self._future: Any = None
-        self._source = -1
+        self._source, self._statuses = -1, []
         self._waited = 0  # threads that wait for it, and so move it on
         try:
             self._requests = next(steps)
         except StopIteration:
             self._end(None)
         except MPI.Exception as error:
-            raise dist.DistBackendError(f"mpi4py backend, {name}: {error}") from None
+            _strand(None, error)
+            raise dist.DistBackendError(f"mpi4py backend, {name}: {reason(error)}") from None
 
     # ---- moving it on ---------------------------------------------------------------------------------------------
 
@@ -83,33 +118,43 @@ class MpiWork(dist.Work):
             return self._done
         try:
             while not self._done and self._arrived():
-                self._requests = next(self._steps)
+                self._requests = self._steps.send(self._statuses)
                 if self._requests is None:
                     break
         except StopIteration:
             self._end(None)
         except Exception as error:  # noqa: BLE001  whatever it is belongs to whoever waits
-            self.give_up(f"{type(error).__name__}: {error}")
+            _strand(None, error)  # whose traceback holds what a failed step held
+            self.give_up(reason(error, self._statuses))
         finally:
             self._moving.release()
         return self._done
 
     def _arrived(self) -> bool:
-        if self._requests is None:
+        requests = self._requests
+        if requests is None:
             return True
-        if len(self._requests) != 1:
-            return MPI.Request.Testall(self._requests)
-        status = MPI.Status()
-        if arrived := self._requests[0].Test(status):
-            self._source = status.Get_source()
-        return arrived
+        checked = isinstance(requests, Received)
+        if not checked and len(requests) != 1:  # no more than needed, since this is called again and again
+            self._statuses = []
+            return MPI.Request.Testall(requests)
+        if len(statuses := self._statuses) != len(requests):
+            statuses = self._statuses = [MPI.Status() for _ in requests]
+        if not MPI.Request.Testall(requests, statuses):
+            return False
+        if checked:
+            requests.check(statuses)
+        else:
+            self._source = statuses[0].Get_source()
+        return True
 
     def check(self) -> None:
         """Gives up if time has run out, or another rank has."""
         if self._done:
             return
         if time.monotonic() > self._deadline:
-            self.expire(f"timeout of {self._limit:g} s: a rank is late, stuck or gone")
+            waited = f"Timed out waiting {self._limit * 1e3:g}ms"  # Gloo's words
+            self.expire(f"{waited}: a rank is late, stuck or gone, or has called something else")
         elif told := self.health.listen():
             self.expire(told)
 
@@ -129,7 +174,7 @@ class MpiWork(dist.Work):
         with self._gate:
             self._error, self._done = error, True
             promise, self._promise = self._promise, None
-        self._steps, self._requests = iter(()), []
+        self._steps, self._requests = _nothing(), []
         if promise is not None:
             PROGRESS.resolve(promise, self.outputs, error)
 
@@ -155,7 +200,8 @@ class MpiWork(dist.Work):
         """
         if not self.poll():
             asked, left = timeout.total_seconds(), self._deadline - time.monotonic()
-            self._waited += 1
+            with self._gate:
+                self._waited += 1
             try:
                 wait(self.poll, min(asked, left) if asked > 0 else left, self.health.listen)
             except Interrupted as stop:
@@ -167,7 +213,8 @@ class MpiWork(dist.Work):
                 PROGRESS.watch(self)  # its memory must outlive what MPI does to it
                 raise
             finally:
-                self._waited -= 1
+                with self._gate:
+                    self._waited -= 1
         if self._error is not None:
             raise self._error
         return True
@@ -217,7 +264,22 @@ class MpiWork(dist.Work):
         return self._future
 
 
-def _strand(requests: Sequence[MPI.Request] | None, *buffers: object) -> None:
+def _nothing() -> Steps:
+    yield from ()
+
+
+def reason(error: Exception, statuses: Sequence[MPI.Status] = ()) -> str:
+    """What to say of an error."""
+    if not isinstance(error, MPI.Exception):
+        return f"{type(error).__name__}: {error}"
+    codes = [error.Get_error_code()]
+    if error.Get_error_class() == MPI.ERR_IN_STATUS:  # the requests that have failed know why
+        codes = [code for status in statuses if (code := status.Get_error()) not in (MPI.SUCCESS, MPI.ERR_PENDING)]
+    text = "; ".join(dict.fromkeys(map(MPI.Get_error_string, codes))) or str(error)
+    return f"{text}: {SIZES}" if MPI.ERR_TRUNCATE in map(MPI.Get_error_class, codes) else text
+
+
+def _strand(requests: Requests | None, *buffers: object) -> None:
     """Withdraws receives, and keeps for good the memory of what cannot be withdrawn: MPI may still use it."""
     for request in requests or ():
         with contextlib.suppress(MPI.Exception):  # a collective's
@@ -249,17 +311,19 @@ class Progress:
         # A callback of a future may wait for another future, so callbacks must not hold up the thread that moves
         # works on, nor each other.
         self._callbacks = ThreadPoolExecutor(16, "sparcomm-mpi-future")
-        self._stopped, self._checked = False, 0.0
+        self._stopped, self._parked, self._checked = False, False, 0.0
 
     def watch(self, work: MpiWork) -> None:
         """Moves the work on, and keeps it in memory, until it ends."""
         with self._lock:
             self._works[work] = None
+            if self._parked:
+                self._parked = False
+                self._wake.set()
             if self._thread is None and not self._stopped:
                 self._thread = threading.Thread(target=self._run, name="sparcomm-mpi", daemon=True)
                 self._thread.start()
                 atexit.register(self._stop)
-        self._wake.set()
 
     def under_way(self, health: Health) -> list[MpiWork]:
         """The works of one group that have not ended."""
@@ -268,10 +332,14 @@ class Progress:
 
     def resolve(self, promise: Any, outputs: list[Tensor], error: Exception | None) -> None:
         """Completes a future on a thread of its own."""
-        self._callbacks.submit(_resolve, promise, outputs, error)
+        try:
+            self._callbacks.submit(_resolve, promise, outputs, error)
+        except RuntimeError:  # the interpreter ends, and starts no threads any more
+            _resolve(promise, outputs, error)
 
     def _stop(self) -> None:
-        self._stopped = True
+        with self._lock:
+            self._stopped = True
         self._wake.set()
         if self._thread is not None:
             self._thread.join()
@@ -281,23 +349,35 @@ class Progress:
         while not self._stopped:
             with self._lock:
                 works = list(self._works)
-            if not works:
-                self._wake.wait()
-                self._wake.clear()
-                time.sleep(LATER)
-                busy, pause = time.monotonic(), SHORTEST
-                continue
             before = time.monotonic()
-            if self._sweep(works) or time.monotonic() - before > WORKED * len(works):
+            if not works:
+                if before - busy > LINGER:
+                    self._park()
+                    busy = time.monotonic()
+                time.sleep(LATER)
+                pause = SHORTEST
+                continue
+            if self._sweep(works):
                 busy, pause = time.monotonic(), SHORTEST
-            if before - busy < BRISK:
+            if before - busy < BRISK and not all(work.waited for work in works):
                 os.sched_yield()
             else:
                 time.sleep(pause)
-                pause = min(1.5 * pause, LONGEST)
+                pause = min(1.5 * pause, LONGEST if before - busy < QUIET else RARE)
+
+    def _park(self) -> None:
+        """Waits for a work."""
+        with self._lock:
+            self._wake.clear()
+            self._parked = not self._works and not self._stopped
+        if self._parked:
+            self._wake.wait()
 
     def _sweep(self, works: list[MpiWork]) -> bool:
+        """Moves the works on; whether that has changed something."""
+        spent = time.thread_time()  # of the clock a look takes long, whatever it does, where ranks outnumber cores
         ended = [work for work in works if (work.done if work.waited else work.poll())]
+        moved = bool(ended) or time.thread_time() - spent > MOVED
         if (now := time.monotonic()) - self._checked > LISTEN:
             self._checked = now
             for work in works:
@@ -305,7 +385,7 @@ class Progress:
         with self._lock:
             for work in ended:
                 self._works.pop(work, None)
-        return bool(ended)
+        return moved
 
 
 PROGRESS = Progress()

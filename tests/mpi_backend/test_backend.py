@@ -14,14 +14,14 @@ pytestmark = [pytest.mark.mpi, pytest.mark.slow, pytest.mark.skipif(bool(MISSING
 CHECKS = Path(__file__).parent.parent / "support" / "mpi_backend.py"
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, 3])
 def test_operations_and_training(size: int, tmp_path: Path) -> None:
     ended = mpirun(size, CHECKS, tmp_path)
     reports = {p.stem: json.loads(p.read_text()) for p in sorted(tmp_path.glob("*.json"))}
     assert list(reports) == [str(r) for r in range(size)], ended.output
     wrong = [f"--- rank {r}, {name}\n{text}" for r, checks in reports.items() for name, text in checks.items() if text]
     assert not wrong, "\n".join(wrong)
-    assert all(len(checks) > 20 for checks in reports.values())
+    assert all(len(checks) > 25 for checks in reports.values())
     assert ended.code == 0, ended.output
 
 
@@ -41,7 +41,7 @@ dist.all_reduce(torch.ones(3))
     ("timeout", "how", "first"),
     [
         (300, "raises", "ValueError: the data ran out"),
-        (0.5, "is late", "DistBackendError: mpi4py backend, all_reduce: timeout of 0.5 s"),
+        (0.5, "is late", "DistBackendError: mpi4py backend, all_reduce: Timed out waiting 500ms"),
     ],
 )
 def test_a_rank_that_fails_ends_all(timeout: float, how: str, first: str, tmp_path: Path) -> None:
@@ -52,15 +52,33 @@ def test_a_rank_that_fails_ends_all(timeout: float, how: str, first: str, tmp_pa
     assert first in ended.output
 
 
-def test_another_number_of_ranks_than_mpi_has_is_an_error(tmp_path: Path) -> None:
-    script = tmp_path / "few.py"
-    script.write_text(
-        "import torch.distributed as dist, sparcomm.mpi_backend\n"
-        "dist.init_process_group('mpi4py', store=dist.HashStore(), rank=0, world_size=3)\n"
-    )
-    ended = mpirun(1, script)
-    assert ended.code > 0
-    assert "world_size=3: must be 1, the processes that MPI was started with" in ended.output
+LIFE = """
+import pytest, torch, torch.distributed as dist, sparcomm.mpi_backend
+from sparcomm.errors import ConfigError
+with pytest.raises(ConfigError, match="world_size=3: must be 2, the processes that MPI was started with"):
+    dist.init_process_group("mpi4py", store=dist.HashStore(), rank=0, world_size=3)
+for _ in range(3):
+    dist.init_process_group("mpi4py")
+    pair = dist.new_group([0, 1])
+    x = torch.ones(3)
+    dist.all_reduce(x, group=pair)
+    assert x.tolist() == [2.0] * 3
+    dist.destroy_process_group()
+dist.init_process_group("mpi4py")
+rank = dist.get_rank()
+never = dist.irecv(torch.empty(1), 1 - rank, tag=1)
+unread = dist.isend(torch.ones(5000000), 1 - rank, tag=2)
+future = dist.all_reduce(torch.ones(300000), async_op=True).get_future()
+print("rank", rank, "ends", flush=True)
+"""
+
+
+def test_groups_are_made_again_and_the_last_one_is_left_to_the_end_of_the_process(tmp_path: Path) -> None:
+    script = tmp_path / "life.py"
+    script.write_text(LIFE)
+    ended = mpirun(2, script, timeout=60)
+    assert ended.code == 0, ended
+    assert ended.output.count("ends") == 2, ended.output
 
 
 def test_a_part_of_pytorchs_own_tests(tmp_path: Path) -> None:
@@ -74,12 +92,13 @@ def test_a_part_of_pytorchs_own_tests(tmp_path: Path) -> None:
         "test_all_reduce_product",
         "test_barrier_full_group",
         "test_broadcast_group",
-        "test_ddp_grad_div_uneven_inputs",
         "test_isend_autograd_profiler",
+        "test_monitored_barrier_failure_order",  # leaves messages that nobody receives, to the next group
+        "test_monitored_barrier_gloo",
         "test_reduce_scatter_v_cuda",
         "test_scatter_complex",
         "test_send_recv_any_source",
     ]
-    found = torch_suite.run(3, names, tmp_path / "results")
+    found = torch_suite.run(3, names, tmp_path / "results", unlock=True)
     assert {name: why for name, (kind, why) in found.items() if kind == "failed"} == {}
-    assert sum(kind == "passed" for kind, _ in found.values()) >= 9
+    assert [name for name, (kind, _) in found.items() if kind == "skipped"] == ["test_reduce_scatter_v_cuda"]

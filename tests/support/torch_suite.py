@@ -10,9 +10,9 @@ on all ranks, and is skipped if it is skipped on all. A test that ends or hangs 
 in new processes.
 
 Many tests name the backends that they are for, and are skipped under any other name. PyTorch's lists of what a backend
-can do (``DistTestCases``) are told that this one takes part. ``--unlock`` also runs the tests that are skipped only
-because of the backend's name, and tells them, in case they ask, that it is "mpi", PyTorch's own. One that fails then
-counts as skipped: it needs what it names.
+can do (``DistTestCases``) are told that this one takes part. ``--unlock`` also runs the tests that are skipped because
+of the backend's name, or because they fail, or did, in PyTorch's own runs, except for those that are for NCCL alone. It
+tells them, in case they ask, that the backend is "mpi", PyTorch's own.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import faulthandler
 import io
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -29,7 +30,7 @@ import traceback
 import unittest
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from datetime import timedelta
 from pathlib import Path
@@ -57,7 +58,11 @@ def suite(folder: str) -> Any:
 
     for feature in ("ddp", "subgroup", "plugin"):
         DistTestCases.backend_feature[feature].add("mpi4py")
+    # unittest's own mark replaces the test; one like PyTorch's leaves it to be run all the same.
+    before, unittest.skip, unittest.case.skip = unittest.skip, _mark, _mark
     from torch.testing._internal.distributed import distributed_test
+
+    unittest.skip = unittest.case.skip = before
 
     # Tests of sub-groups are skipped on few ranks, though not under PyTorch's own MPI backend; that is read here.
     os.environ["BACKEND"] = "mpi"
@@ -74,9 +79,21 @@ def suite(folder: str) -> Any:
     return distributed_test, Suite
 
 
+def _mark(why: str) -> Callable[[Any], Any]:
+    def mark(test: Any) -> Any:
+        test.__unittest_skip__, test.__unittest_skip_why__ = True, why
+        return test
+
+    return mark
+
+
 def named(why: str) -> bool:
-    """Whether a test is skipped because of the backend's name alone."""
-    return any(word in why.lower() for word in ("backend", "gloo", "nccl", "mpi"))
+    """Whether a test is skipped because of the backend's name alone, or is one that fails, or did, for others.
+
+    Those that are for NCCL alone need GPUs.
+    """
+    words = set(re.findall("[a-z0-9]+", why.lower()))
+    return bool(words & {"gloo", "mpi"}) or ("nccl" not in words and bool(words & {"backend", "github"}))
 
 
 def run_one(module: Any, kind: Any, name: str, file: str, unlock: bool) -> Outcome:
@@ -111,9 +128,7 @@ def run_one(module: Any, kind: Any, name: str, file: str, unlock: bool) -> Outco
         if end.code in skips:
             return "skipped", skips[end.code]
         return ("passed", "") if not end.code else ("failed", f"exit status {end.code}")
-    except BaseException as error:  # noqa: BLE001  a test may raise anything
-        if why:
-            return "skipped", f"{why}; run all the same: {type(error).__name__}: {str(error).splitlines()[:1]}"
+    except BaseException:  # noqa: BLE001  a test may raise anything
         return "failed", traceback.format_exc()
     finally:
         if dist.is_initialized():
@@ -169,8 +184,6 @@ def verdict(outcomes: list[Outcome]) -> Outcome:
     """One for all ranks."""
     kinds = {kind for kind, _ in outcomes}
     why = next((why for kind, why in outcomes if kind == "failed"), outcomes[0][1])
-    if "failed" not in kinds and "skipped" in kinds and any("run all the same" in why for _, why in outcomes):
-        return "skipped", next(why for _, why in outcomes if "run all the same" in why)
     return ("failed" if "failed" in kinds else "skipped" if kinds == {"skipped"} else "passed"), why
 
 
