@@ -21,7 +21,7 @@ from sparcomm.errors import ConfigError, DamagedBag, GradientError
 from sparcomm.transport import sim
 from support.sums import Damaging, integers, normals, owed, recycled, simulate, steps, with_residual
 
-SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 13)
+SIZES = (1, 2, 3, 4, 5, 7, 8, 13)
 SWEEP = [(size, case) for size in SIZES for cls in registry().values() for case in cls.cases(size)]
 
 
@@ -136,7 +136,7 @@ def test_repeats_agree_arguments_are_left_alone_and_buffers_are_reused(size: int
             assert a.residual is None or torch.equal(a.residual, owed(b.residual, b.total))
 
 
-@sweep([pair for pair in SWEEP if pair[0] in (1, 3, 6)])
+@sweep([pair for pair in SWEEP if pair[0] in (1, 3, 5)])
 def test_parts_are_the_total(size: int, algorithm: Algorithm) -> None:
     for n in (5, 1500):
         gradients = [[normals(n, rank, step) for rank in range(size)] for step in range(2)]
@@ -263,7 +263,7 @@ def test_a_non_finite_value_is_known_to_all_ranks(size: int, algorithm: Algorith
         assert verdicts == ([verdicts[0]] * size if bounded else [False] * size)
 
 
-@sweep([(p, c) for p, c in SWEEP if p in (2, 3, 8) and c.checked and getattr(c, "density", None) in (0.1, 1.0, None)])
+@sweep([(p, c) for p, c in SWEEP if p in (2, 3, 5) and c.checked and getattr(c, "density", None) in (0.1, 1.0, None)])
 def test_damaged_bytes_in_any_round_are_an_error(size: int, algorithm: Algorithm) -> None:
     n, calls = 400, 0
     while True:
