@@ -47,7 +47,10 @@ def main(way: str) -> None:
 
         transport = TorchTransport(device=here.device)
     found = reduce(algorithm_from_config({"name": "spardl"}), transport, here.device)
-    print(json.dumps({"rank": here.rank, "size": here.size, "launcher": here.launcher, "sha256": found}), flush=True)
+    line = json.dumps({"rank": here.rank, "size": here.size, "launcher": here.launcher, "sha256": found})
+    # In one piece with its end, which print writes for itself where torchrun has turned off buffers.
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
