@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test test-mpich check bench clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,16 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n auto
 
+# The transport and the backend on MPICH: its wheel and Open MPI's put files of the same names into one environment.
+test-mpich: .venv-mpich/.stamp
+	.venv-mpich/bin/python -m pytest -m mpi
+
+.venv-mpich/.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-mpich
+	.venv-mpich/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mpi,train]' \
+		mpich hypothesis pytest pytest-timeout pytest-xdist
+	@touch $@
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,5 +51,5 @@ bench: setup
 	@for name in select gather wire quality; do echo "== $$name"; $(BIN)/sparcomm bench $$name || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-mpich build dist runs .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -26,14 +26,14 @@ from jobs.settings import Settings, load
 from sparcomm.errors import CheckpointError, ConfigError, SparcommError
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, make: type[Engine] = Engine) -> int:
     """Runs one rank. Returns the exit code: 2 for settings or a checkpoint that do not fit, 1 for a failed run."""
     parser = argparse.ArgumentParser(description="Train with sparcomm.", epilog="see configs/ for ready-made runs")
     parser.add_argument("--config", type=Path, required=True, help="a YAML file of configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example algorithm.density=0.02")
     arguments = parser.parse_intermixed_args(argv)
     try:
-        train(load(arguments.config, arguments.overrides), arguments.config.stem)
+        train(load(arguments.config, arguments.overrides), arguments.config.stem, make)
     except (ConfigError, CheckpointError) as error:
         return failed(str(error), 2)
     except SparcommError as error:
@@ -48,13 +48,13 @@ def failed(text: str, code: int) -> int:
     return code
 
 
-def train(settings: Settings, name: str) -> None:
+def train(settings: Settings, name: str, make: type[Engine]) -> None:
     """One rank's part of a run, from joining the others to the report."""
     # The same as use_deterministic_algorithms(True), which takes a second to import torch's compiler for nothing.
     torch.set_deterministic_debug_mode("error")
     make_folder(Path(settings.output))
     with joined(settings.timeout) as group:
-        engine = Engine(settings, group)
+        engine = make(settings, group)
         try:
             events = Path(settings.output) / "tensorboard" if settings.tensorboard else None
             with display(group.rank, name, events) as shown:

@@ -24,7 +24,7 @@ from sparcomm.errors import (
 )
 
 if TYPE_CHECKING:
-    from sparcomm import optim
+    from sparcomm import launch, optim
     from sparcomm.algorithms.base import Algorithm
     from sparcomm.algorithms.dense import Dense
     from sparcomm.algorithms.hierarchical import Hierarchical
@@ -81,6 +81,7 @@ __all__ = [
     "attach",
     "hook",
     "keep_local",
+    "launch",
     "optim",
 ]
 
@@ -112,8 +113,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "optim":
-        return import_module("sparcomm.optim")
+    if name in ("launch", "optim"):
+        return import_module(f"sparcomm.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'sparcomm' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOME[name]), name)

@@ -1,4 +1,4 @@
-"""The ``sparcomm`` command: which algorithms and selectors there are, and how fast the parts run here."""
+"""The ``sparcomm`` command: what there is, how fast the parts run here, and whether they work."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import pkgutil
 import sys
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -108,11 +109,18 @@ def _table(entry: dict[str, Any]) -> Table:
     return table
 
 
+def launched() -> bool:
+    """Whether a launcher has started this process, alone or as one of many."""
+    from sparcomm.launch.environment import detect
+
+    return detect(os.environ).launcher != "none"
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
     """Measure on this network; or one of the other benchmarks, by its name. Without options: what there is."""
     known, arguments = benches(), context.args
-    if arguments[:1] in (["-h"], ["--help"]) or (not arguments and "RANK" not in os.environ):
+    if arguments[:1] in (["-h"], ["--help"]) or (not arguments and not launched()):
         typer.echo("others: sparcomm bench NAME [options], with NAME one of")
         for name, shows in known.items():
             typer.echo(f"  {name:<11}{shows}")
@@ -125,6 +133,30 @@ def bench(context: typer.Context) -> None:
         listed = ", ".join(known)
         raise ConfigError(f"unknown benchmark {name!r}{suggestion(name, known)}: must be one of {listed}")
     import_module(f"{bench_package.__name__}.{name}").main(arguments)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    tests: Annotated[bool, typer.Option(help="Whether to run the self-tests.")] = True,
+) -> None:
+    """Say what there is here, what is missing for what, and whether it works. Ends with 1 if a self-test fails."""
+    from sparcomm import doctor as doctor_package  # loads torch
+    from sparcomm.doctor import report
+
+    found = doctor_package.facts()
+    absent = doctor_package.missing(found)
+    checks = doctor_package.self_tests() if tests else iter(())
+    if as_json:
+        done = list(checks)
+        listed = {"missing": [m._asdict() for m in absent], "self-tests": [asdict(check) for check in done]}
+        typer.echo(json.dumps({**found, **listed}, indent=2))
+    else:
+        console = Console()
+        report.show(console, found, absent)
+        done = report.show_tests(console, checks) if tests else []
+    if any(check.passed is False for check in done):
+        raise typer.Exit(1)
 
 
 def _plain(default: Any) -> Any:

@@ -52,23 +52,34 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Compiles the kernels before any test's clock runs: in a fresh clone that takes a minute of CPU.
+    """Compiles the kernels before any test's clock runs: in a fresh clone that takes most of a minute of CPU.
 
     Whoever comes second waits for it. Left to the tests, several processes would compile variants of one kernel at the
-    same time, too, and Numba's disk cache is not made for that.
+    same time, too, and Numba's disk cache is not made for that. Meanwhile another worker compiles the CUDA text for
+    the emulator, if it is going to run.
     """
-    if session.items and not session.config.option.collectonly:
-        from sparcomm.kernels import warm_up
+    if not session.items or session.config.option.collectonly:
+        return
+    if os.environ.get("PYTEST_XDIST_WORKER", "gw0") != "gw0" and any("text" in _parameters(i) for i in session.items):
+        from support import emulator
 
-        warm_up()
+        emulator.build()
+    from sparcomm.kernels import warm_up
+
+    warm_up()
+
+
+def _parameters(item: pytest.Item) -> list[str]:
+    """Those of an item's parameters that are words."""
+    parameters: dict[str, object] = getattr(getattr(item, "callspec", None), "params", {})
+    return [value for value in parameters.values() if isinstance(value, str)]
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks tests that have a GPU as a parameter; skips GPU tests where there is none, and nothing else."""
     for item in items:
-        parameters: dict[str, object] = getattr(getattr(item, "callspec", None), "params", {})
-        if any(value in ("gpu", "reference-gpu") for value in parameters.values() if isinstance(value, str)):
+        if not {"gpu", "reference-gpu"}.isdisjoint(_parameters(item)):
             item.add_marker(pytest.mark.gpu)
     wanted = [item for item in items if item.get_closest_marker("gpu")]
     if not wanted:

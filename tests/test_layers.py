@@ -17,7 +17,8 @@ LAYERS = (
     {"kernels", "transport"},
     {"memory", "feedback", "codecs", "collectives", "selectors"},
     {"algorithms"},
-    {"ddp", "fsdp", "optim", "launch", "mpi_backend", "config", "integrations"},
+    {"ddp", "fsdp", "optim", "mpi_backend", "config", "integrations"},
+    {"launch"},  # starts torch.distributed with any backend, ours included
     {"bench", "plan", "doctor"},
     {"cli"},
     {"__main__", "__init__"},
@@ -33,14 +34,20 @@ HOMES = {
     "torch.distributed": (
         "transport/torchdist",
         "ddp",
+        "mpi_backend",
+        "bench/backends",
+        "launch",
+        "doctor/facts",
+        "doctor/selftest",
         "bench/world",
         "bench/child",
+        "bench/inside",
         "bench/overlap",
         "bench/torch_hooks",
     ),
     "pydantic": ("config",),
     "typer": ("cli",),
-    "rich": ("cli", "bench"),
+    "rich": ("cli", "bench", "doctor"),
 }
 
 

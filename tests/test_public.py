@@ -48,6 +48,7 @@ PUBLIC = [
     "attach",
     "hook",
     "keep_local",
+    "launch",
     "optim",
 ]
 

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparcomm import launch
+
 
 class Group(NamedTuple):
     """Rank, number of ranks and device of this process."""
@@ -59,25 +61,10 @@ def first_to_say() -> bool:
 
 @contextmanager
 def joined(timeout: float) -> Iterator[Group]:
-    """Joins the process group that the environment (torchrun's variables) describes, and leaves it again.
-
-    Ranks use NCCL with a GPU each where the host has one for each of them, else Gloo.
-    """
-    local, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= here
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    elif here > (os.cpu_count() or 1):
-        torch.set_num_threads(1)
-    backend, limit, bound = "nccl" if cuda else "gloo", timedelta(seconds=timeout), device if cuda else None
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=limit, device_id=bound)
-    else:  # started without a launcher: a group of one
-        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, timeout=limit, device_id=bound, store=store, rank=0, world_size=1)
+    """Joins the other ranks, whatever launcher has started them, and leaves them again (see ``sparcomm.launch``)."""
+    here = launch.init(timeout=timeout)
     try:
-        yield Group(dist.get_rank(), dist.get_world_size(), device)
+        yield Group(here.rank, here.size, here.device)
     finally:
         dist.destroy_process_group()
 

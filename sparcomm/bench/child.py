@@ -25,6 +25,8 @@ from torch.distributed.distributed_c10d import PrefixStore
 from sparcomm.bench.options import Common
 from sparcomm.bench.sample import Progress
 from sparcomm.kernels import warm_up
+from sparcomm.transport.common import BaseTransport
+from sparcomm.transport.torchdist import TorchTransport
 
 PATIENCE = 60.0  # seconds by which the ranks' own waits outlast the parents', so that the parents decide
 _DIE_WITH_PARENT = 1  # prctl(PR_SET_PDEATHSIG)
@@ -41,6 +43,7 @@ class Job:
         rank, size: in the group of this row.
         host, port, prefix: the store through which the row's ranks meet, and where in it.
         log: file for what the process prints.
+        over: what messages go over, see ``options.WAYS``.
     """
 
     kind: str
@@ -52,6 +55,20 @@ class Job:
     port: int
     prefix: str
     log: str
+    over: str = "gloo"
+
+    @property
+    def patience(self) -> timedelta:
+        """How long the row's ranks wait for each other; longer than their parents, if they have any."""
+        return timedelta(seconds=self.options.timeout + (PATIENCE if self.over == "gloo" else 0))
+
+    def transport(self) -> BaseTransport:
+        """Over the ranks of the row. Collective."""
+        if self.over == "gloo":
+            return TorchTransport.from_group(timeout=self.patience)
+        from sparcomm.transport.mpi import MpiTransport
+
+        return MpiTransport.world(timeout=self.patience)
 
 
 def run(job: Job, connection: Connection, parent: int) -> None:
@@ -68,17 +85,16 @@ def run(job: Job, connection: Connection, parent: int) -> None:
             dist.barrier()  # nobody leaves while another still reads its last bytes
         connection.send(("result", asdict(sample)))
     except BaseException as error:  # noqa: BLE001  the row says so, whatever it is
-        connection.send(("error", _one_line(error)))
+        connection.send(("error", one_line(error)))
         os._exit(1)  # waits for nothing: not for groups that are broken, nor for threads that hang
 
 
 @contextlib.contextmanager
 def group(job: Job) -> Iterator[None]:
     """The default process group of the row's ranks. Ended only if all went well: else it may hang."""
-    patience = timedelta(seconds=job.options.timeout + PATIENCE)
-    store = dist.TCPStore(job.host, job.port, is_master=False, timeout=patience)  # pyright: ignore[reportPrivateImportUsage]
-    meeting = PrefixStore(job.prefix, store)
-    dist.init_process_group("gloo", store=meeting, rank=job.rank, world_size=job.size, timeout=patience)
+    store = dist.TCPStore(job.host, job.port, is_master=False, timeout=job.patience)  # pyright: ignore[reportPrivateImportUsage]
+    meeting, backend = PrefixStore(job.prefix, store), {"gloo": "gloo", "mpi": "mpi4py"}[job.over]
+    dist.init_process_group(backend, store=meeting, rank=job.rank, world_size=job.size, timeout=job.patience)
     yield
     dist.destroy_process_group()
 
@@ -104,6 +120,7 @@ def _progress(connection: Connection) -> Progress:
     return progress
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What went wrong, for a table."""
     lines: list[Any] = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")

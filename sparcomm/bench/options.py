@@ -6,22 +6,25 @@ import argparse
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from sparcomm.bench import models
 from sparcomm.errors import ConfigError
+from sparcomm.launch.environment import MPI, detect
 
 T = TypeVar("T")
 
 ALGORITHMS = "dense,spardl,topk,torch:fp16,torch:bf16,torch:powersgd"
 TRAINED = "dense,torch:bf16,spardl"  # with --model
+WAYS = ("gloo", "mpi")
 
 EXAMPLES = """\
-started by any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or alone:
+started by any launcher (torchrun, mpirun, srun, or what sets RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or alone:
   torchrun --nproc-per-node 4 -m sparcomm bench --numel 4194304 --density 0.01
   sparcomm bench --ranks 4 --numel 4194304 --algorithms dense,spardl:values=bfloat16,torch:fp16
+  mpirun -n 4 sparcomm bench --over mpi,gloo --algorithms dense,topk,spardl
   sparcomm bench --ranks 2 --model charlm --algorithms dense,torch:bf16,spardl:schedule=direct
   sparcomm bench --ranks 4 --algorithms "spardl,hierarchical:local_size=2:outer=spardl(density=0.01, schedule='direct')"
 
@@ -56,6 +59,7 @@ class Options(Common):
     bucket_mb: float = 4.0
     png: Path | None = None
     seed: int = 0
+    over: tuple[str, ...] = ("gloo",)
 
 
 class Parser(argparse.ArgumentParser):
@@ -135,6 +139,7 @@ def parser() -> Parser:
     add("--bucket-mb", type=positive, default=4.0, metavar="MB", help="with --model: DDP's bucket size (4)")
     add("--png", type=Path, metavar="FILE", help="draw the times (needs matplotlib)")
     add("--seed", type=at_least(0), default=0, metavar="N", help="of gradients, models and data (0)")
+    add("--over", metavar="WAY,...", help="gloo, mpi (under mpirun), or both in turn; default: mpi under mpirun")
     add_common(made)
     return made
 
@@ -148,6 +153,7 @@ def parse(argv: Sequence[str]) -> Options:
     given.algorithms = tuple(entries.split(typed))
     options = Options(**{f.name: getattr(given, f.name) for f in fields(Options)})
     check(options, options.algorithms)
+    options = replace(options, over=ways(given.over))
     if options.batch is not None and options.model is None:
         raise ConfigError("--batch: only with --model")
     if options.png is not None:
@@ -164,8 +170,22 @@ def check(options: Common, algorithms: Sequence[str]) -> None:
     entries.check_shared(options.values, options.schedule)
     for typed in algorithms:
         entries.parse(typed, options.density, options.values, options.schedule)
-    if options.ranks is not None and "RANK" in os.environ:
+    if options.ranks is not None and ("RANK" in os.environ or detect(os.environ).launcher != "none"):
         raise ConfigError(f"--ranks {options.ranks}: a launcher has started this rank already; leave it out")
+
+
+def ways(typed: str | None) -> tuple[str, ...]:
+    """What messages go over. Raises ConfigError for what does not exist, or MPI where it has not started the ranks."""
+    found = detect(os.environ)
+    under_mpi = found.launcher in MPI
+    if typed is None:
+        return ("mpi",) if under_mpi and importlib.util.find_spec("mpi4py") is not None else ("gloo",)
+    named = tuple(typed.split(","))
+    if not set(named) <= set(WAYS) or len(set(named)) < len(named):
+        raise ConfigError(f"--over {typed!r}: must be gloo, mpi, or both with a comma between them")
+    if "mpi" in named and not under_mpi:
+        raise ConfigError("--over mpi: MPI must start the ranks, as in: mpirun -n 4 sparcomm bench --over mpi")
+    return named
 
 
 def check_png(path: Path) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-
 import torch
 from torch import Tensor
 
 from sparcomm.algorithms import Algorithm, Cost
 from sparcomm.bench import entries, torch_hooks
-from sparcomm.bench.child import PATIENCE, Job
+from sparcomm.bench.child import Job, one_line
 from sparcomm.bench.gradient import captured, exact_sum, gradient
 from sparcomm.bench.options import Options
 from sparcomm.bench.sample import Counted, Progress, Sample, Stopwatch
@@ -17,7 +15,6 @@ from sparcomm.ddp.mean import write_mean
 from sparcomm.density import quota
 from sparcomm.errors import CommunicationError
 from sparcomm.transport.base import Transport
-from sparcomm.transport.torchdist import TorchTransport
 
 
 def measure(job: Job, progress: Progress) -> Sample:
@@ -30,8 +27,12 @@ def measure(job: Job, progress: Progress) -> Sample:
         sample, first = torch_hooks.synchronise(entry, grad, options, progress)
         k = options.numel
     else:
-        transport = TorchTransport.from_group(timeout=timedelta(seconds=options.timeout + PATIENCE))
-        sample, first = synchronise(entry.algorithm, grad, transport, options, progress)
+        transport = job.transport()
+        try:
+            sample, first = synchronise(entry.algorithm, grad, transport, options, progress)
+        except Exception as error:
+            transport.abort(one_line(error))
+            raise
         transport.close()
         k = selected(entry.algorithm, options.numel, job.size)
     sample.kept = int(torch.count_nonzero(first))

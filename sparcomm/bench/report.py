@@ -15,7 +15,8 @@ from rich.table import Table
 from sparcomm.algorithms.dense import Dense
 from sparcomm.bench.rows import Row
 
-KEYS = ("algorithm", "numel", "size", "seconds", "cpu_seconds", "bytes_sent", "rounds", "messages", "kept", "energy")
+COUNTED = ("bytes_sent", "rounds", "messages", "kept", "energy")
+KEYS = ("algorithm", "over", "numel", "size", "seconds", "cpu_seconds", *COUNTED)
 BASELINES = ("dense", "torch:dense")
 WIDTH = 150
 
@@ -26,11 +27,11 @@ def as_json(row: Row) -> str:
     return json.dumps(shown if row.error is None else shown | {"error": row.error})
 
 
-def baseline(rows: Sequence[Row]) -> Row | None:
-    """The dense row that others are compared with."""
+def baseline(rows: Sequence[Row], over: str = "gloo") -> Row | None:
+    """The dense row that others over the same way are compared with."""
     for name in BASELINES:
         for row in rows:
-            if row.algorithm == name and row.error is None:
+            if row.algorithm == name and row.over == over and row.error is None:
                 return row
     return None
 
@@ -55,16 +56,18 @@ def table(title: str, rows: Sequence[Row], *, trained: bool = False) -> Table:
     linked = any(row.link_bytes is not None for row in rows)
     if linked:
         columns.insert(4, "MB on link")
+    if len({row.over for row in rows}) > 1:
+        columns.insert(1, "over")
     if trained:
         columns = [name for name in columns if name not in ("cost()", "energy", "pays below")]
     for name in columns:
-        made.add_column(name, justify="left" if name in ("algorithm", "cost()") else "right", overflow="fold")
-    dense = baseline(rows)
+        made.add_column(name, justify="left" if name in ("algorithm", "over", "cost()") else "right", overflow="fold")
     for row in rows:
         if row.error is not None:
-            made.add_row(escape(row.algorithm), "[red]failed[/red]", *[""] * (len(columns) - 2))
+            failed = {"algorithm": escape(row.algorithm), "over": row.over, "ms": "[red]failed[/red]"}
+            made.add_row(*(failed.get(name, "") for name in columns))
             continue
-        cells = _cells(row, dense)
+        cells = _cells(row, baseline(rows, row.over))
         made.add_row(*(escape(cells[name]) for name in columns))
     return made
 
@@ -74,9 +77,15 @@ def show(title: str, rows: Sequence[Row], *, trained: bool = False) -> None:
     console = Console()
     console = console if console.is_terminal else Console(width=WIDTH)
     console.print(table(title, rows, trained=trained))
-    for row in rows:
+    for row, name in zip(rows, names(rows), strict=True):
         if row.error is not None:
-            console.print(f"{row.algorithm}: {row.error}", markup=False, highlight=False)
+            console.print(f"{name}: {row.error}", markup=False, highlight=False)
+
+
+def names(rows: Sequence[Row]) -> list[str]:
+    """Of the rows; with what they went over, where that differs."""
+    several = len({row.over for row in rows}) > 1
+    return [f"{row.algorithm} over {row.over}" if several else row.algorithm for row in rows]
 
 
 def draw(title: str, rows: Sequence[Row], path: Path) -> None:
@@ -86,9 +95,8 @@ def draw(title: str, rows: Sequence[Row], path: Path) -> None:
     good = [row for row in rows if row.seconds is not None]
     figure = Figure(figsize=(8, 1.2 + 0.45 * len(good)), layout="constrained")
     axes: Any = figure.subplots()
-    bars = axes.barh([r.algorithm for r in good], [1e3 * (r.seconds or 0) for r in good], color="#4477aa")
-    dense = baseline(rows)
-    axes.bar_label(bars, [_cells(row, dense)["label"] for row in good], padding=4)
+    bars = axes.barh(names(good), [1e3 * (r.seconds or 0) for r in good], color="#4477aa")
+    axes.bar_label(bars, [_cells(row, baseline(rows, row.over))["label"] for row in good], padding=4)
     axes.invert_yaxis()
     axes.margins(x=0.25)
     axes.set(xlabel="median time per step, ms", title=title)
@@ -103,6 +111,7 @@ def _cells(row: Row, dense: Row | None) -> dict[str, str]:
     limit = pays_below(row) if row.algorithm not in BASELINES else None
     return {
         "algorithm": row.algorithm,
+        "over": row.over,
         "ms": f"{1e3 * row.seconds:.2f}",
         "CPU ms": f"{1e3 * row.cpu_seconds:.2f}",
         "MB sent": f"{row.bytes_sent / 1e6:.3f}",

@@ -35,6 +35,7 @@ class Row:
         seconds: median over steps of the slowest rank's time.
         cpu_seconds: of the busiest rank, median over steps.
         bytes_sent, rounds, messages: of the busiest rank in one step.
+        over: what the messages went over.
         energy: see gradient.captured.
         exact_cost: whether what was counted is what ``cost()`` says; None for what is not ours.
         bound: whether ``cost()`` is only a bound, because sizes depend on the data.
@@ -53,6 +54,7 @@ class Row:
     kept: int | None = None
     energy: float | None = None
     error: str | None = None
+    over: str = "gloo"
     exact_cost: bool | None = None
     bound: bool = False
     link_bytes: float | None = None
@@ -74,13 +76,14 @@ class Runner:
         with contextlib.suppress(AttributeError):
             self._context.set_forkserver_preload(["sparcomm.cli", "sparcomm.bench.preload"])
 
-    def run(self, kind: str, typed: str, numel: int) -> Row:
+    def run(self, kind: str, typed: str, numel: int, over: str = "gloo") -> Row:
         """One row. Collective: the same on every rank.
 
         Args:
             kind: the module that measures; see ``child.Job``.
             typed: the algorithm.
             numel: elements of the gradient.
+            over: see ``options.WAYS``.
 
         Raises:
             PeerError: the bench itself, not a child of it, has ended on another rank.
@@ -89,15 +92,22 @@ class Runner:
         key = f"{world.token}/{self._number}"
         with tempfile.TemporaryDirectory(prefix="sparcomm-bench-") as folder:
             log = Path(folder) / "log"
-            job = Job(kind, typed, self._options, world.rank, world.size, world.host, world.port, key, str(log))
-            outcome = self._child(job, key)
+            job = Job(kind, typed, self._options, world.rank, world.size, world.host, world.port, key, str(log), over)
+            outcome = self._child(job, key) if over == "gloo" else self._inside(job, key)
         world.set(f"{key}/outcome/{world.rank}", outcome)
         patience = self._options.timeout + PATIENCE
         outcomes = [world.get(f"{key}/outcome/{rank}", patience) for rank in range(world.size)]
         if failed := [(o["echo"], o["order"], rank, o["error"]) for rank, o in enumerate(outcomes) if "error" in o]:
             *_, rank, text = min(failed)
-            return Row(typed, numel, world.size, error=f"rank {rank}: {text}")
-        return combine(typed, numel, [o["result"] for o in outcomes])
+            return Row(typed, numel, world.size, error=f"rank {rank}: {text}", over=over)
+        return combine(typed, numel, [o["result"] for o in outcomes], over)
+
+    def _inside(self, job: Job, key: str) -> dict[str, Any]:
+        """The same as ``_child``, in this process."""
+        from sparcomm.bench import inside
+
+        outcome = inside.measured(job)
+        return outcome | (self._publish(key, outcome["error"]) if "error" in outcome else {})
 
     def _child(self, job: Job, key: str) -> dict[str, Any]:
         """Runs the rank's child to its end: {"result": ...}, or {"error": ...} and what ``_publish`` says of it."""
@@ -146,7 +156,7 @@ class Runner:
         return {"order": self._world.store.add(f"{key}/errors", 1), "echo": text.startswith(ECHOES) or BROKEN in text}
 
 
-def combine(typed: str, numel: int, samples: list[dict[str, Any]]) -> Row:
+def combine(typed: str, numel: int, samples: list[dict[str, Any]], over: str = "gloo") -> Row:
     """One row from all ranks' samples."""
     slowest = [max(step) for step in zip(*(s["seconds"] for s in samples), strict=True)]
     busiest = max(samples, key=lambda s: s["bytes_sent"])
@@ -160,6 +170,7 @@ def combine(typed: str, numel: int, samples: list[dict[str, Any]]) -> Row:
         kept=samples[0]["kept"], energy=samples[0]["energy"],
         exact_cost=None if busiest["cost"] is None else _as_said(busiest, counted), bound=busiest["bound"],
         link_bytes=max(links) if links else None,
+        over=over,
         extra=samples[0]["extra"],
     )  # fmt: skip
 

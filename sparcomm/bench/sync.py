@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from sparcomm.bench.options import Common, Options, parse
 from sparcomm.bench.rows import Row, Runner
 from sparcomm.bench.world import World, join, launch, leave
 from sparcomm.errors import ConfigError
+from sparcomm.launch.environment import detect
 
 T = TypeVar("T")
 
@@ -31,13 +33,14 @@ def measure(runner: Runner, world: World, options: Options) -> bool:
     rows: list[Row] = []
     kind = "training" if options.model else "reduce"
     numel = models.numel(options.model) if options.model else options.numel
-    for typed in options.algorithms:
-        row = runner.run(kind, typed, numel)
+    for typed, over in itertools.product(options.algorithms, options.over):
+        row = runner.run(kind, typed, numel, over)
         rows.append(row)
         if world.rank == 0 and options.json:
             print(report.as_json(row), flush=True)
     if world.rank == 0:
-        link = f"{world.size} ranks, threads per rank: {options.threads}, median of {options.steps} steps"
+        over = " and ".join({"gloo": "Gloo", "mpi": "MPI"}[way] for way in options.over)
+        link = f"{world.size} ranks over {over}, threads per rank: {options.threads}, median of {options.steps} steps"
         what = f"{options.model}, batch {options.batch or 'default'}" if options.model else f"n = {options.numel:,}"
         title = f"{what}, density {options.density:g}; {link}"
         if not options.json:
@@ -61,7 +64,7 @@ def quietly(prepare: Callable[[], T]) -> T:
     try:
         return prepare()
     except ConfigError:
-        if os.environ.get("RANK", "0") != "0":
+        if os.environ.get("RANK", "") not in ("", "0") or detect(os.environ).rank:
             sys.exit(2)
         raise
 

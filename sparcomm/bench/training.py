@@ -6,7 +6,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from sparcomm.bench import entries, torch_hooks
-from sparcomm.bench.child import PATIENCE, Job
+from sparcomm.bench.child import Job
 from sparcomm.bench.models import MODELS, loss
 from sparcomm.bench.options import Options
 from sparcomm.bench.sample import Counted, Progress, Sample, Stopwatch
@@ -32,7 +32,7 @@ def measure(job: Job, progress: Progress) -> Sample:
     if entry.algorithm is None:
         torch_hooks.register(ddp, entry)
     elif job.typed != PLAIN:
-        state = attach(ddp, entry.algorithm, timeout=options.timeout + PATIENCE)
+        state = attach(ddp, entry.algorithm, timeout=job.patience)
         traffic = state.traffic
     optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3, momentum=0.9)
     data = task.data(torch.Generator().manual_seed(options.seed * job.size + job.rank), options.batch or task.batch)

@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from sparcomm.bench.child import PATIENCE, end_with
 from sparcomm.bench.options import Common
 from sparcomm.errors import ConfigError, ConfigMismatch, PeerError
+from sparcomm.launch.environment import detect
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHER = "SPARCOMM_BENCH_LAUNCHER"  # its process, which the ranks do not outlive
@@ -70,6 +71,7 @@ def join(options: Common) -> World:
     """
     if os.environ.get(LAUNCHER, "").isdecimal():
         end_with(int(os.environ[LAUNCHER]))
+    fill()
     place = environment()
     patience = timedelta(seconds=options.timeout + PATIENCE)
     if place is None:
@@ -93,6 +95,27 @@ def leave(world: World, timeout: float) -> None:
     else:
         for rank in range(1, world.size):
             world.get(f"{world.token}/left/{rank}", timeout)
+
+
+def fill() -> None:
+    """Where a launcher has its own names for rank and size (mpirun, srun), adds torch's. Collective under mpirun.
+
+    Raises:
+        ConfigError: the launcher says half, or nothing says where ranks can meet.
+    """
+    found = detect(os.environ)
+    if any(os.environ.get(name) for name in ("RANK", "WORLD_SIZE")) or found.launcher == "none":
+        return
+    if found.host is None:
+        try:
+            import sparcomm.mpi_backend  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        except ImportError as error:
+            raise ConfigError(f"{found.launcher} has started {found.size} ranks: {error}") from error
+    else:
+        known = {"RANK": found.rank, "WORLD_SIZE": found.size, "MASTER_ADDR": found.host, "MASTER_PORT": found.port,
+                 "LOCAL_RANK": found.local_rank, "LOCAL_WORLD_SIZE": found.local_size}  # fmt: skip
+        for name, value in known.items():
+            os.environ.setdefault(name, str(value))
 
 
 def environment() -> tuple[int, int, str, int] | None:

@@ -12,7 +12,7 @@ from sparcomm.errors import ConfigError
 from sparcomm.transport.base import Transport
 
 LOCAL_SIZE = "LOCAL_WORLD_SIZE"  # set by torchrun
-_ASKED = 32  # bits
+_ASKED, _ELSEWHERE = 32, 1 << 31  # bits of a color for what its rank takes for granted, and one of these
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Nodes:
     """Nodes of equally many ranks. Made often: it holds nothing else.
 
     Attributes:
-        local_size: ranks of a node, numbered one after the other; None: what LOCAL_WORLD_SIZE says.
+        local_size: ranks of a node; None: what LOCAL_WORLD_SIZE says. Which ones they are the transport knows, or they
+            are numbered one after the other.
         groups: the ranks of every node instead, where they are numbered otherwise.
     """
 
@@ -45,11 +46,11 @@ class Nodes:
         if self.local_size is not None:
             return self.local_size
         found = os.environ.get(LOCAL_SIZE, "")
-        if not (found.isdecimal() and 0 < int(found) < 1 << _ASKED):
+        if not (found.isdecimal() and 0 < int(found) < _ELSEWHERE):
             said = f"{LOCAL_SIZE}={found!r}" if found else f"{LOCAL_SIZE} is not set"
             raise ConfigError(
-                f"hierarchical: how many ranks a node has is unknown ({said}): start with torchrun, "
-                "or give local_size= or groups="
+                f"hierarchical: how many ranks a node has is unknown ({said}): start with torchrun or "
+                "mpirun, or give local_size= or groups="
             )
         return int(found)
 
@@ -72,21 +73,48 @@ class Nodes:
         Raises:
             ConfigError: nodes are not equal; on all ranks, whatever each of them had been told.
         """
-        size, rank, per_node = transport.size, transport.rank, self.per_node
-        number, key = rank // per_node, rank
+        size, per_node = transport.size, self.per_node
         if self.groups is not None:
             self.check_size(size)
-            number = next(m for m, group in enumerate(self.groups) if rank in group)
-            key = self.groups[number].index(rank)
+            place = [rank for group in self.groups for rank in group].index(transport.rank)
+        else:
+            place = in_order_of_nodes(transport.nodes, size, per_node).index(transport.rank)
+        number, key = divmod(place, per_node)
         # A color holds how many its rank takes to be in the group, so that all ranks see from the sizes who is wrong.
         name = f"of {per_node} by {self.groups}"
-        node = split_once(transport, f"node {name}", number << _ASKED | per_node, key)
+        mark = _ELSEWHERE if self._elsewhere(transport) else 0
+        node = split_once(transport, f"node {name}", number << _ASKED | mark | per_node, key)
         counts, asked = list(node.siblings.values()), {color & (1 << _ASKED) - 1 for color in node.siblings}
+        if any(each & _ELSEWHERE for each in asked):
+            raise ConfigError(
+                "hierarchical: the ranks of a node are not numbered one after the other (rank modulo LOCAL_WORLD_SIZE "
+                "is not LOCAL_RANK), and this transport does not know which ones they are: start the ranks node by "
+                "node (mpirun --map-by slot, srun --distribution=block), or give groups="
+            )
         if len(asked) > 1 or asked != set(counts):
             raise ConfigError(_uneven(counts, asked))
         if per_node == 1:
             return node, transport
         return node, split_once(transport, f"across nodes {name}", node.rank, number)
+
+    def _elsewhere(self, transport: Transport) -> bool:
+        """Whether the launcher has put this rank on another node than its number says."""
+        if self.groups is not None or self.local_size is not None or transport.nodes:
+            return False
+        rank, size, local = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        whole = (rank, size) == (str(transport.rank), str(transport.size))
+        return whole and local.isdecimal() and int(local) != transport.rank % self.per_node
+
+
+def in_order_of_nodes(nodes: Sequence[Sequence[int]], size: int, per_node: int) -> list[int]:
+    """All ranks, in an order in which every ``per_node`` that follow one another share a node, if ``nodes`` can be cut.
+
+    Args:
+        nodes: the ranks of each; () where they are not known: then, as where they cannot be cut, by number.
+    """
+    if any(len(node) % per_node for node in nodes):
+        nodes = ()
+    return [rank for node in nodes for rank in node] or list(range(size))
 
 
 def _check_groups(groups: Any) -> None:

@@ -29,7 +29,7 @@ def attach(
     memory: Memory | None = None, warmup: int | Schedule | Callable[[int], float | None] = 0,
     skip: Rule | Sequence[Rule] = (), storage: str = "float32", local_clip: float | None = None,
     lr_aware: bool | float = False, auto_off: bool = False, check: Check | None = None,
-    timeout: dt.timedelta | float = 300.0,
+    transport: str = "auto", timeout: dt.timedelta | float = 300.0,
 ) -> HookState:  # fmt: skip
     """Makes a DDP module reduce its gradients with ``algorithm``. Collective.
 
@@ -53,6 +53,8 @@ def attach(
             or within the bound given.
         auto_off: time the first steps both ways, and stay dense if compression does not pay on this link.
         check: a ``sparcomm.Check``: look now and then at what compression does.
+        transport: "torch" (torch.distributed, on the backends of the module's process group), "mpi" (mpirun has
+            started the ranks, in the same order), or "auto": MPI if that group's backend for the gradients is "mpi4py".
         timeout: seconds (or a timedelta) after which waiting for another rank is an error.
 
     Returns:
@@ -71,7 +73,8 @@ def attach(
     ddp = find_ddp(module)
     state = HookState(
         algorithm, ddp, scaler=scaler, optimizer=optimizer, memory=memory, warmup=warmup, skip=skip, storage=storage,
-        local_clip=local_clip, lr_aware=lr_aware, auto_off=auto_off, check=check, timeout=timeout,
+        local_clip=local_clip, lr_aware=lr_aware, auto_off=auto_off, check=check, transport=transport,
+        timeout=timeout,
     )  # fmt: skip
     register(ddp, state, hook)
     state.start()

@@ -38,7 +38,7 @@ from sparcomm.ddp.units import Carried, Partition
 from sparcomm.ddp.worker import Inline, Worker
 from sparcomm.errors import ConfigError, DamagedBag, HookError
 from sparcomm.kernels import prepare
-from sparcomm.transport.torchdist import TorchTransport
+from sparcomm.transport.torchdist.choice import choose
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
@@ -86,14 +86,14 @@ class Engine:
         self._closed, self._process = False, os.getpid()
         self._board = Board(group, timeout, standing_of(self))
         try:
+            device = parameters[0].device if parameters else None
+            choice = choose(options.transport, group, device)
             mine = agreement.configuration(algorithm, self.size, parameters, skipped, sparse) | options.describe()
+            mine |= choice.describe()
             agreement.compare(self._board.exchange("configuration", mine))
             algorithm.check_size(self.size)
-            agreement.check_backend(algorithm, dist.get_backend_config(group), {p.device for p in parameters})
-            device = parameters[0].device if parameters else None
-            self.transport = TorchTransport.from_group(
-                group, device=device, timeout=self._board.wait, name=self._board.token
-            )
+            agreement.check_backend(algorithm, choice.backends, {p.device for p in parameters})
+            self.transport = choice.make(self._board.wait, self._board.token)
         except Exception as error:  # noqa: BLE001
             # What does not fit the agreed number of ranks, too, every rank finds by itself.
             found = isinstance(error, (*agreement.AGREED, ConfigError))
@@ -107,7 +107,7 @@ class Engine:
         self.planner = Planner(algorithm, options, self.log, self._limit_crossed)
         self.cutter = Cutter(algorithm, self.size, options, self.reducer.storage, skipped)
         self.partition, self.carried = self.cutter.partition(), Carried()
-        self._on_nccl = "cuda:nccl" in dist.get_backend_config(group)
+        self._on_nccl = "cuda:nccl" in choice.backends
         self._on_host = True
         self._executor: Worker | Inline = Worker(f"sparcomm-{self.rank}")
         self._lanes: dict[object, Lane] = {}

@@ -17,6 +17,7 @@ from sparcomm.ddp.storage import Storage
 from sparcomm.dtypes import working_dtype
 from sparcomm.errors import ConfigError
 from sparcomm.feedback import AdamCorrection, Correction, ErrorFeedback, Memory, MomentumCorrection
+from sparcomm.transport.torchdist.choice import check_kind
 
 if TYPE_CHECKING:
     from sparcomm.ddp.monitor import Check
@@ -50,6 +51,7 @@ class Options:
     lr_clamp: float | None = None
     auto_off: bool = False
     check: Check | None = None
+    transport: str = "auto"
     scaler: Scaler | None = None
     optimizer: Optimizer | None = None
 
@@ -57,7 +59,7 @@ class Options:
     def make(
         cls, *, scaler: Any = None, optimizer: Any = None, memory: Memory | None = None, warmup: Any = 0,
         skip: Any = (), storage: str = "float32", local_clip: float | None = None, lr_aware: bool | float = False,
-        auto_off: bool = False, check: Check | None = None,
+        auto_off: bool = False, check: Check | None = None, transport: str = "auto",
     ) -> Options:  # fmt: skip
         """From what the user typed."""
         return cls(
@@ -69,6 +71,7 @@ class Options:
             lr_clamp=_clamp(lr_aware, optimizer),
             auto_off=auto_off,
             check=check,
+            transport=transport,
             scaler=scaler,
             optimizer=optimizer,
         )
@@ -86,6 +89,7 @@ class Options:
             raise ConfigError(f"local_clip={clip!r}: must be a positive norm, or None")
         if not isinstance(self.auto_off, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError(f"auto_off={self.auto_off!r}: must be True or False")
+        check_kind(self.transport)
         scaler: Any = self.scaler
         scales = hasattr(scaler, "is_enabled") and (hasattr(scaler, "_scale") or not scaler.is_enabled())
         if scaler is not None and not scales:
@@ -130,7 +134,7 @@ class Options:
 
     def without_objects(self) -> Options:
         """Without the scaler and the optimizer, which belong to one training loop."""
-        kept = ("memory", "warmup", "skip", "storage", "local_clip", "auto_off", "check")
+        kept = ("memory", "warmup", "skip", "storage", "local_clip", "auto_off", "check", "transport")
         return Options(**{name: getattr(self, name) for name in kept})
 
 

@@ -36,7 +36,7 @@ from sparcomm.ddp.watch import Watch
 from sparcomm.errors import ConfigError, NotInitializedError
 from sparcomm.feedback import Memory
 from sparcomm.transport.base import Traffic
-from sparcomm.transport.torchdist.groups import as_timedelta
+from sparcomm.transport.limits import as_timedelta
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
@@ -55,7 +55,7 @@ class HookState:
         module: the DDP module, or the module inside it; gives parameters their names. ``bind`` can do it later.
         process_group: of the DDP module; default: the bound DDP module's, else the default group.
         timeout: seconds (or a timedelta) after which waiting for another rank is an error.
-        scaler, optimizer, memory, warmup, skip, storage, local_clip, lr_aware, auto_off, check: see ``attach``.
+        scaler, optimizer, and so on to transport: see ``attach``.
 
     Raises:
         ConfigError: not an Algorithm, a timeout that is no time, or an option outside what is allowed.
@@ -65,29 +65,19 @@ class HookState:
     """
 
     def __init__(
-        self,
-        algorithm: Algorithm,
-        module: nn.Module | None = None,
-        *,
-        process_group: dist.ProcessGroup | None = None,
-        scaler: Any = None,
-        optimizer: Optimizer | None = None,
-        memory: Memory | None = None,
-        warmup: int | Schedule | Callable[[int], float | None] = 0,
-        skip: Rule | Sequence[Rule] = (),
-        storage: str = "float32",
-        local_clip: float | None = None,
-        lr_aware: bool | float = False,
-        auto_off: bool = False,
-        check: Check | None = None,
+        self, algorithm: Algorithm, module: nn.Module | None = None, *,
+        process_group: dist.ProcessGroup | None = None, scaler: Any = None, optimizer: Optimizer | None = None,
+        memory: Memory | None = None, warmup: int | Schedule | Callable[[int], float | None] = 0,
+        skip: Rule | Sequence[Rule] = (), storage: str = "float32", local_clip: float | None = None,
+        lr_aware: bool | float = False, auto_off: bool = False, check: Check | None = None, transport: str = "auto",
         timeout: dt.timedelta | float = 300.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if not isinstance(algorithm, Algorithm):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError(f"algorithm={algorithm!r}: must be an instance, such as sparcomm.SparDL(density=0.01)")
         self.algorithm = algorithm
         self.options = Options.make(
             scaler=scaler, optimizer=optimizer, memory=memory, warmup=warmup, skip=skip, storage=storage,
-            local_clip=local_clip, lr_aware=lr_aware, auto_off=auto_off, check=check,
+            local_clip=local_clip, lr_aware=lr_aware, auto_off=auto_off, check=check, transport=transport,
         )  # fmt: skip
         self.options.check_fits(algorithm)
         warn_if_unsuited(algorithm, self.options)

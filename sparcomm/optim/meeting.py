@@ -16,7 +16,9 @@ from torch import Tensor
 from sparcomm.errors import CheckpointError, ConfigMismatch, NotInitializedError
 from sparcomm.transport.alone import Alone
 from sparcomm.transport.base import Transport
-from sparcomm.transport.torchdist import TorchTransport
+from sparcomm.transport.common import BaseTransport
+from sparcomm.transport.torchdist.choice import choose
+from sparcomm.transport.torchdist.groups import find_group
 
 _BITS = 62  # of presence in an int64
 _FIELDS = 16  # room for what must be equal: as much for every kind of optimizer, since ranks may have different ones
@@ -49,7 +51,7 @@ class Meeting:
         if transport is not None:
             return cls(transport, device, owned=False)
         try:
-            return cls(TorchTransport.from_group(group, device=device, timeout=timeout), device, owned=True)
+            return cls(choose("auto", find_group(group), device).make(timeout), device, owned=True)
         except NotInitializedError:
             if group is not None or os.environ.get("WORLD_SIZE", "1") != "1":
                 raise
@@ -97,7 +99,7 @@ class Meeting:
 
     def abort(self, error: BaseException) -> None:
         """Makes the other ranks' waits fail, if the group is our own."""
-        if self._owned and isinstance(self.transport, (TorchTransport, Alone)):
+        if self._owned and isinstance(self.transport, BaseTransport):
             self.transport.abort(f"{type(error).__name__}: {error}")
 
     def close(self) -> None:

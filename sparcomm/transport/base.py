@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -62,6 +62,7 @@ class Transport(Protocol):
         context: free text put into error messages ("step 12, unit 3"); set by the caller.
         siblings: sizes of all groups of the ``split`` that made this one, by color, the same on all its ranks; {} if
             none did.
+        nodes: the ranks of every node, those that share memory; () if the transport does not know.
         subgroups: (color, key, group) of what ``collectives.groups.split_once`` has made of this one, by name; they
             are closed with it.
     """
@@ -69,6 +70,7 @@ class Transport(Protocol):
     rank: int
     size: int
     siblings: Mapping[int, int]
+    nodes: Sequence[Sequence[int]]
     subgroups: dict[str, tuple[int, int, Transport]]
 
     @property

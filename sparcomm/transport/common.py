@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -86,6 +86,7 @@ class BaseTransport(ABC):
         self._tag = 0  # number of this transport's transfers so far: the same on all ranks at matching calls
         self.call = Call("")
         self.siblings: Mapping[int, int] = {}
+        self.nodes: Sequence[Sequence[int]] = ()
         self.subgroups: dict[str, tuple[int, int, Transport]] = {}
         self._closed = False
 

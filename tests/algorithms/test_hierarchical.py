@@ -15,6 +15,7 @@ from sparcomm.algorithms.dense import Dense
 from sparcomm.algorithms.hierarchical import Hierarchical
 from sparcomm.algorithms.spardl import SparDL, SparDLState
 from sparcomm.algorithms.topk import TopKAllGather
+from sparcomm.collectives.nodes import Nodes, in_order_of_nodes
 from sparcomm.collectives.slices import Slices
 from sparcomm.errors import ConfigError
 from sparcomm.transport import sim
@@ -218,6 +219,58 @@ def test_nodes_that_are_not_equal_are_an_error_on_every_rank(told: list[str]) ->
 def test_nodes_that_are_not_equal_are_an_error_on_every_real_rank(told: list[str]) -> None:
     said = pool(4).run(refused_on_gloo, Hierarchical(), told, timeout=30)
     assert all("4 ranks make nodes of" in text for text in said)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "per_node", "order"),
+    [
+        ((), 2, [0, 1, 2, 3]),
+        (((0, 1), (2, 3)), 2, [0, 1, 2, 3]),
+        (((0, 2), (1, 3)), 2, [0, 2, 1, 3]),
+        (((0, 2), (1, 3)), 1, [0, 2, 1, 3]),
+        (((0, 1, 2, 3),), 2, [0, 1, 2, 3]),
+        (((0, 2), (1, 3)), 4, [0, 1, 2, 3]),
+        (((0, 2, 3), (1,)), 2, [0, 1, 2, 3]),
+    ],
+)
+def test_nodes_that_the_transport_knows(nodes: tuple[tuple[int, ...], ...], per_node: int, order: list[int]) -> None:
+    assert in_order_of_nodes(nodes, 4, per_node) == order
+
+    def teams(t: Transport) -> tuple[list[int], list[int]]:
+        t.nodes = nodes
+        found: list[list[int]] = []
+        for team in Nodes(per_node).teams(t):
+            members = torch.empty(team.size, dtype=torch.int64)
+            team.all_gather(members, torch.tensor(t.rank))
+            found.append(members.tolist())
+        return found[0], found[1]
+
+    for rank, (node, across) in enumerate(sim.run(4, teams).results):
+        place = order.index(rank)
+        first = place - place % per_node
+        assert node == order[first : first + per_node]
+        assert across == (order[place % per_node :: per_node] if per_node > 1 else [0, 1, 2, 3])
+
+
+def teams_by_environment(rank: int, size: int, local_ranks: str) -> str:
+    t, said = TorchTransport.from_group(timeout=20), ""
+    told = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": local_ranks[rank], "LOCAL_WORLD_SIZE": "2"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in told.items():
+            patch.setenv(name, value)
+        try:
+            Nodes().teams(t)
+        except ConfigError as error:
+            said = str(error)
+    t.close()
+    return said
+
+
+def test_ranks_that_the_launcher_has_dealt_to_nodes_are_refused_where_nobody_knows_which() -> None:
+    assert pool(4).run(teams_by_environment, "0101", timeout=30) == [""] * 4
+    said = pool(4).run(teams_by_environment, "0011", timeout=30)
+    assert len(set(said)) == 1
+    assert "--map-by slot" in said[0]
 
 
 def test_a_group_that_does_not_fit_is_refused_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:

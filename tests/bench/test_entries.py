@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,9 @@ def test_without_shared_options_an_algorithm_keeps_its_own() -> None:
         (["--png", "times.pdf"], "must end in .png"),
         (["--png", "no/such/folder/times.png"], "there is no folder"),
         (["--nume", "3"], "unrecognized arguments"),
+        (["--over", "tcp"], "must be gloo, mpi, or both"),
+        (["--over", "gloo,gloo"], "must be gloo, mpi, or both"),
+        (["--over", "mpi"], "mpirun -n 4"),
     ],
 )
 def test_nonsense_is_refused_in_one_line(arguments: list[str], complaint: str) -> None:
@@ -120,6 +124,16 @@ def test_half_an_environment(variables: dict[str, str], complaint: str, monkeypa
 
 def test_ranks_and_a_launcher_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="leave it out"):
+        options.parse(["--ranks", "2"])
+
+
+def test_under_mpirun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PMI_RANK", "1")
+    monkeypatch.setenv("PMI_SIZE", "2")
+    monkeypatch.setenv("MPI_LOCALRANKID", "1")
+    assert options.parse([]).over == (("mpi",) if importlib.util.find_spec("mpi4py") else ("gloo",))
+    assert options.parse(["--over", "gloo,mpi"]).over == ("gloo", "mpi")
     with pytest.raises(ConfigError, match="leave it out"):
         options.parse(["--ranks", "2"])
 

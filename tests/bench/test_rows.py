@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 
 import pytest
@@ -101,7 +101,7 @@ def test_json_has_exactly_the_promised_keys() -> None:
     assert shown["seconds"] == 0.01
     failed = json.loads(report.as_json(BAD))
     assert failed["error"] == BAD.error
-    assert [key for key, value in failed.items() if value is not None] == ["algorithm", "numel", "size", "error"]
+    assert {key for key, value in failed.items() if value is not None} == {*report.KEYS[:4], "error"}
 
 
 def test_the_table_names_what_failed_and_what_differs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,6 +120,19 @@ def test_without_a_dense_row_nothing_is_compared(capsys: pytest.CaptureFixture[s
     assert "0x" not in capsys.readouterr().out
     assert report.baseline([GOOD, BAD]) is None
     assert report.baseline([GOOD, DENSE]) is DENSE
+    assert report.baseline([GOOD, DENSE], "mpi") is None
+
+
+def test_rows_over_two_ways_are_compared_within_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert DENSE.seconds is not None
+    over_mpi = [replace(row, over="mpi") for row in (replace(DENSE, seconds=DENSE.seconds / 2), GOOD, BAD)]
+    report.show("two", [DENSE, GOOD, *over_mpi])
+    lines = [line for line in capsys.readouterr().out.splitlines() if GOOD.algorithm in line]
+    assert [("gloo" in line, "mpi" in line, "5.00x" in line, "2.50x" in line) for line in lines] == [
+        (True, False, True, False),
+        (False, True, False, True),
+    ]
+    assert report.names([DENSE, *over_mpi])[-1] == "worse over mpi"
 
 
 def test_ranks_with_other_options_are_told_so() -> None:

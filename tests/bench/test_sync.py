@@ -14,6 +14,7 @@ import torch
 
 from sparcomm.algorithms.spardl import SparDL
 from sparcomm.bench import report
+from support import mpi
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 220
@@ -71,7 +72,7 @@ def test_rows_survive_each_other_and_keep_the_contract() -> None:
         good = "error" not in row
         assert set(row) == set(report.KEYS) | (set() if good else {"error"})
         assert (row["numel"], row["size"]) == (N, 2)
-        assert all((row[key] is not None) == good for key in report.KEYS[3:])
+        assert all((row[key] is not None) == good for key in report.KEYS[4:])
     measured = {row["algorithm"]: row for row in rows if "error" not in row}
     assert all(row["seconds"] > 0 and row["cpu_seconds"] > 0 for row in measured.values())
     assert measured["dense"]["bytes_sent"] == 4 * N
@@ -105,6 +106,27 @@ def test_training_steps_with_ranks_of_its_own(tmp_path: Path) -> None:
     assert ours["kept"] == pytest.approx(0.01 * numel, rel=0.01)
     assert ours["bytes_sent"] < dense["bytes_sent"] / 50
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif(bool(mpi.MISSING), reason=mpi.MISSING)
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_under_mpirun_over_both_ways() -> None:
+    """The same sums and the same bytes; a rank that fails takes its row with it, and nothing else."""
+    names = ["dense", "support.faulty.Faulty:step=1", "spardl:density=0.02", "torch:bf16"]
+    done = mpi.mpirun(
+        2, "-m", "sparcomm", "bench", "--numel", str(N), "--steps", "2", "--timeout", "30", "--over", "mpi,gloo",
+        "--algorithms", ",".join(names), "--json", timeout=200, TORCH_CPP_LOG_LEVEL="ERROR",
+    )  # fmt: skip
+    assert done.code == 0, done.output
+    rows = [json.loads(line) for line in done.output.splitlines() if line.startswith("{")]
+    assert [(row["algorithm"], row["over"]) for row in rows] == [(n, w) for n in names for w in ("mpi", "gloo")]
+    for over_mpi, over_gloo in zip(rows[::2], rows[1::2], strict=True):
+        same = ("bytes_sent", "rounds", "messages", "kept", "energy", "size", "error")
+        assert [over_mpi.get(key) for key in same] == [over_gloo.get(key) for key in same]
+        assert ("error" in over_mpi) == ("Faulty" in over_mpi["algorithm"])
+    assert rows[2]["error"] == "rank 1: ValueError: this rank"
 
 
 @pytest.mark.slow

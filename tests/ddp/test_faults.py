@@ -29,14 +29,16 @@ def run(*options: str) -> tuple[int, dict[str, Any], str]:
 @pytest.mark.slow
 @pytest.mark.timeout(320)
 def test_every_kind_of_fault_is_known_to_all_in_time_and_leaves_nothing_wrong() -> None:
-    status, rows, said = run("--count", str(2 * len(KINDS)), "--seed", "3", "--at-once", "2", "--slack", "20")
+    status, rows, said = run(
+        "--ranks", "3", "--count", str(2 * len(KINDS)), "--seed", "3", "--at-once", "2", "--slack", "20"
+    )
     assert status == 0, said
     assert list(rows) == [*KINDS, "all"], said
     total = rows["all"]
     assert total["injections"] == total["in_time"] == 2 * len(KINDS)
     assert total["hangs"] == total["wrong"] == total["unclean"] == 0
-    assert rows["hook"]["survivors"] == rows["differ"]["survivors"] == 8
-    assert rows["differ"]["named"] == 8
+    assert rows["hook"]["survivors"] == rows["differ"]["survivors"] == 6
+    assert rows["differ"]["named"] == 6
     # On a machine that is short of cores an innocent rank may answer too late to be told from a dead one.
     assert total["named"] >= 0.5 * total["survivors"], said
 
@@ -44,7 +46,9 @@ def test_every_kind_of_fault_is_known_to_all_in_time_and_leaves_nothing_wrong() 
 @pytest.mark.slow
 @pytest.mark.timeout(320)
 def test_a_hook_that_is_broken_on_purpose_is_found_out() -> None:
-    status, rows, said = run("--count", "1", "--seed", "20", "--kinds", "stall", "--flaw", "patient", "--slack", "2")
+    status, rows, said = run(
+        "--ranks", "2", "--count", "1", "--seed", "20", "--kinds", "stall", "--flaw", "patient", "--slack", "2"
+    )
     assert status == 1, said
     assert rows["all"]["hangs"] == 1, said
 

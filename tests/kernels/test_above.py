@@ -13,7 +13,19 @@ from sparcomm import wire
 from sparcomm.dtypes import working_dtype
 from sparcomm.errors import SparcommError
 from sparcomm.layout import Layout, contiguous, dealt, whole
-from support.kernels import GRADIENTS, IMPLEMENTATIONS, KINDS, SIZES, WORKING, block_of, data, layouts, same, top
+from support.kernels import (
+    GRADIENTS,
+    IMPLEMENTATIONS,
+    KINDS,
+    SIZES,
+    WORKING,
+    block_of,
+    data,
+    layouts,
+    same,
+    thinned,
+    top,
+)
 
 INF, NAN = float("inf"), float("nan")
 
@@ -50,16 +62,19 @@ def check_above(kernels: Any, work: Any, sums: torch.Tensor, block: int, thresho
 def test_above_takes_the_first_that_exceed_a_threshold(kernels: Any, dtype: torch.dtype, kind: str, n: int) -> None:
     x = data(kind, n, dtype)
     before = x.clone()
-    for layout in layouts(n):
-        length = layout.length
-        some = x.abs().nan_to_num(1.0, 1.0)[: n // 2].max().item() if n > 1 else 1.0
-        for threshold in (0.0, some, some / 2, torch.finfo(torch.float64).max):
-            for k in sorted({0, min(1, length), length // 100, length // 2, length}):
-                work, flags = begin(kernels, x, layout, max(k // 2, 1))
-                b = layout.blocks - 1 if k % 2 else 0
-                check_above(kernels, work, block_of(x, layout, b), b, threshold, k)
-                assert flags.item() == (0 if x.isfinite().all() else wire.NONFINITE)
-                assert work.out is x
+    some = x.abs().nan_to_num(1.0, 1.0)[: n // 2].max().item() if n > 1 else 1.0
+    cases = [
+        (layout, threshold, k)
+        for layout in layouts(n)
+        for threshold in (0.0, some, some / 2, torch.finfo(torch.float64).max)
+        for k in sorted({0, min(1, layout.length), layout.length // 100, layout.length // 2, layout.length})
+    ]
+    for layout, threshold, k in thinned(kernels, cases, 3, (dtype, kind, n)):
+        work, flags = begin(kernels, x, layout, max(k // 2, 1))
+        b = layout.blocks - 1 if k % 2 else 0
+        check_above(kernels, work, block_of(x, layout, b), b, threshold, k)
+        assert flags.item() == (0 if x.isfinite().all() else wire.NONFINITE)
+        assert work.out is x
     assert same(x, before)
 
 

@@ -1,4 +1,7 @@
-"""All CUDA text compiles with nvcc for every supported GPU, without a warning; no kernel spills or takes too much."""
+"""All CUDA text compiles with nvcc for A100 and H100 without a warning; no kernel spills or takes too much.
+
+For all GPUs that are supported: python launch/kernel_resources.py.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +17,25 @@ from sparcomm.kernels.cuda import texts
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
 VARIANTS = texts.variants()
+ARCHS = (80, 90)  # of the four that are supported: each costs half a second of CPU a variant
 
 
 @needs_nvcc
 @pytest.mark.parametrize(("text", "types"), VARIANTS, ids=[f"{text}-{label(types)}" for text, types in VARIANTS])
 def test_it_compiles_and_spills_nothing(text: str, types: texts.Types) -> None:
     # The first combination of each text is compiled for each capability as NVRTC would; of the others one result is
-    # assembled for all: the text does not ask for the capability, and front ends are half of the time.
+    # assembled for both: the text does not ask for the capability, and front ends are half of the time.
     first = types is texts.TEXTS[text][0]
-    found = resources(text, types, once=not first)
+    found = resources(text, types, ARCHS, once=not first)
     kernels = re.findall(r"^KERNEL (\w+)\(", texts.source(text), flags=re.MULTILINE)
     assert kernels
-    assert {(row.kernel, row.arch) for row in found} == {(name, arch) for name in kernels for arch in known_archs()}
+    assert {(row.kernel, row.arch) for row in found} == {(name, arch) for name in kernels for arch in ARCHS}
     assert [line for row in found for line in row.wrong] == []
 
 
 @needs_nvcc
-def test_the_newest_and_the_oldest_are_known() -> None:
-    assert {80, 90} <= set(known_archs())
+def test_nvcc_knows_them() -> None:
+    assert set(ARCHS) <= set(known_archs())
 
 
 def test_every_text_is_declared_and_asks_for_nothing() -> None:

@@ -13,7 +13,19 @@ from sparcomm import wire
 from sparcomm.dtypes import working_dtype
 from sparcomm.errors import SparcommError
 from sparcomm.layout import Layout, contiguous, dealt, whole
-from support.kernels import GRADIENTS, IMPLEMENTATIONS, KINDS, SIZES, WORKING, block_of, data, layouts, same, top
+from support.kernels import (
+    GRADIENTS,
+    IMPLEMENTATIONS,
+    KINDS,
+    SIZES,
+    WORKING,
+    block_of,
+    data,
+    layouts,
+    same,
+    thinned,
+    top,
+)
 
 
 def begin(
@@ -68,13 +80,17 @@ def test_every_16_bit_gradient_is_widened_exactly(kernels: Any, dtype: torch.dty
 @pytest.mark.parametrize("dtype", WORKING)
 def test_select_finds_exactly_the_largest(kernels: Any, dtype: torch.dtype, kind: str, n: int) -> None:
     x = data(kind, n, dtype)
-    for layout in layouts(n):
-        length = layout.length
-        for k in sorted({0, min(1, length), length // 100, length // 2, max(0, length - 1), length}):
-            for hint in {k, 1}:
-                work, _, _ = begin(kernels, x, layout, hint)
-                for b in sorted({0, layout.blocks // 2, layout.blocks - 1}):
-                    check_select(kernels, work, x, b, k)
+    cases = [
+        (layout, k, hint)
+        for layout in layouts(n)
+        for k in sorted({0, min(1, layout.length), layout.length // 100, layout.length // 2,
+                         max(0, layout.length - 1), layout.length})
+        for hint in sorted({k, 1})
+    ]  # fmt: skip
+    for layout, k, hint in thinned(kernels, cases, 5, (dtype, kind, n)):
+        work, _, _ = begin(kernels, x, layout, hint)
+        for b in sorted({0, layout.blocks // 2, layout.blocks - 1}):
+            check_select(kernels, work, x, b, k)
 
 
 @pytest.mark.parametrize("dtype", WORKING)

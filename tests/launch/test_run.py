@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import compare
 import demo
+import elastic
 import pytest
+import torch
+import train
 
 from jobs import checkpoint, report
-from support.jobs_run import finish, kill_when
+from support.jobs_run import finish, kill_when, restarted
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.slow]
 
 SHARED = pytest.mark.xdist_group("runs")  # one worker, so that the runs they share happen once
-RANKS, STEPS, EVERY, KILL_AFTER = 3, 20, 2, 4
+RANKS, STEPS, EVERY, KILL_AFTER = 2, 20, 2, 4
 # Large enough for several buckets, so that DDP's rebuild after the first step is part of what is resumed.
 DIGITS = """
 task: {name: digits, width: 24, dropout: 0.2}
@@ -52,17 +57,17 @@ def uninterrupted(folder: Path) -> dict[str, Any]:
     return report.read(folder / "whole")
 
 
+def reached(output: Path) -> bool:
+    """Whether the run has a checkpoint that it is to be killed after."""
+    found = checkpoint.newest(output / "checkpoints")
+    return found is not None and int(found.name.removeprefix("step-")) >= KILL_AFTER
+
+
 @pytest.fixture(scope="module")
 def killed(folder: Path) -> Path:
     """The folder of the same run, all of whose processes were killed after a checkpoint of step 4 or later."""
     output = folder / "killed"
-    saved = output / "checkpoints"
-
-    def reached() -> bool:
-        found = checkpoint.newest(saved)
-        return found is not None and int(found.name.removeprefix("step-")) >= KILL_AFTER
-
-    kill_when(config(folder), RANKS, digits(folder, "killed"), reached, folder / "log")
+    kill_when(config(folder), RANKS, digits(folder, "killed"), lambda: reached(output), folder / "log")
     assert not (output / report.METRICS).exists(), "the run was over before it could be killed"
     return output
 
@@ -100,13 +105,37 @@ def test_a_killed_run_resumes_bit_for_bit(uninterrupted: dict[str, Any], killed:
 
 @SHARED
 @pytest.mark.timeout(240)
+def test_torchrun_restarts_a_job_whose_worker_was_killed(uninterrupted: dict[str, Any], folder: Path) -> None:
+    """One rank ends by SIGKILL in a step. The job goes on from its checkpoint: what the ranks owe is kept to the bit,
+    the losses continue, and the weights are those of a run that nothing has disturbed."""
+    at = STEPS - EVERY + 1
+    done = restarted(config(folder), RANKS, [*digits(folder, "elastic"), "--kill", f"1@{at}"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    # "checkpoint after step 18: loss 1.889712, owed +2.153528024e+02, bits 43cf4f7191647032"
+    told = re.findall(r"^(checkpoint|went on) after step (\d+): (.* bits .*)$", done.stdout, re.MULTILINE)
+    steps = [(what, int(step)) for what, step, _ in told]
+    before = [("checkpoint", step) for step in range(EVERY, at, EVERY)]
+    assert steps == [*before, ("went on", at - 1), ("checkpoint", STEPS)]
+    (saved, resumed, last) = [text for _, _, text in told[-3:]]
+    assert saved == resumed != last
+    found = report.read(folder / "elastic")
+    losses = [[record["loss"] for record in run["history"]] for run in (uninterrupted, found)]
+    assert losses[0] == losses[1]
+    assert found["summary"]["identical"]
+    assert found["summary"]["sha256"] == uninterrupted["summary"]["sha256"]
+    assert done.stdout.count(f"loss {losses[0][at - 2]:.6f}") == 2
+    assert f"trained {STEPS} steps: loss {losses[0][-1]:.6f}, weights {found['summary']['sha256'][:16]}" in done.stdout
+
+
+@SHARED
+@pytest.mark.timeout(240)
 def test_a_killed_run_resumes_on_fewer_ranks(killed: Path, folder: Path) -> None:
     copy = folder / "fewer"
     shutil.copytree(killed, copy)
-    done = finish(config(folder), 2, digits(folder, "fewer"))
+    done = finish(config(folder), RANKS - 1, digits(folder, "fewer"))
     assert done.returncode == 0, done.stdout + done.stderr
     summary = report.read(copy)["summary"]
-    assert (summary["size"], summary["steps"]) == (2, STEPS)
+    assert (summary["size"], summary["steps"]) == (RANKS - 1, STEPS)
     assert summary["identical"]
 
 
@@ -124,9 +153,10 @@ def test_a_mistake_is_one_line_of_one_rank(
 ) -> None:
     done = finish(config(folder), ranks, [*digits(folder, "killed"), *overrides])
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ")
-    assert words in done.stderr
-    assert done.stderr.count("\n") == 1
+    # Once the ranks have met, the first one has said how.
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("sparcomm: [rank 0/1] launcher none: ")]
+    assert line.startswith("error: ")
+    assert words in line
     assert not (killed / report.METRICS).exists()
 
 
@@ -167,8 +197,24 @@ def test_the_demo_puts_both_arms_side_by_side(tmp_path: Path, capfd: pytest.Capt
         assert list((tmp_path / arm / "tensorboard").glob("events.*"))
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Jobs of one rank, run here: what starts processes is tested above, and each costs seconds."""
+
+    def run(config: Path, ranks: int, output: Path, overrides: list[str], *, quiet: bool) -> dict[str, Any]:
+        assert (ranks, quiet) == (1, True)
+        assert train.main(["--config", str(config), *overrides, f"output={output}", "checkpoint.resume=false"]) == 0
+        return report.read(output)
+
+    monkeypatch.setattr(compare, "run", run)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_deterministic_debug_mode("default")
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.timeout(240)
-def test_the_comparison_pairs_seeds(tmp_path: Path) -> None:
+def test_the_comparison_pairs_seeds(tmp_path: Path, in_this_process: None) -> None:
     where = ["--output", str(tmp_path), "--json", str(tmp_path / "found.json")]
     spardl = f"{demo.CONFIGS}/charlm-spardl.yaml"
     arms = [f"--base={demo.CONFIGS}/charlm-dense.yaml", "--arms", f"{spardl} algorithm.density=0.1"]
@@ -207,6 +253,13 @@ def test_seeds_that_cannot_be_compared_are_refused(
 ) -> None:
     assert compare.main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["1", "1@0", "-1@3", "one@3"])
+def test_a_victim_has_a_rank_and_a_step(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        elastic.main([f"--kill={text}"])
+    assert "must look like 1@12" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("program", [compare, demo])

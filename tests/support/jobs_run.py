@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -10,9 +11,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jobs.launcher import command, environment
+import torch
 
-DEADLINE = 90.0
+from jobs.launcher import TRAIN, command, environment
+from sparcomm.config import algorithm_from_config
+from sparcomm.doctor import step
+from sparcomm.transport import sim
+
+DEADLINE = 100.0
 
 
 def finish(config: Path, ranks: int, overrides: list[str]) -> subprocess.CompletedProcess[str]:
@@ -47,6 +53,14 @@ def kill_when(config: Path, ranks: int, overrides: list[str], reached: Callable[
             job.wait()
 
 
+def restarted(config: Path, ranks: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs launch/elastic.py to its end; torchrun may start it again once."""
+    line = command(config, ranks, arguments)
+    at = line.index(str(TRAIN))
+    line[at : at + 1] = ["--max-restarts=1", str(TRAIN.with_name("elastic.py"))]
+    return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=DEADLINE, check=False)
+
+
 def children(pid: int) -> list[int]:
     """All descendants of a process (torchrun gives each rank a session of its own, so its group is not enough)."""
     parents: dict[int, int] = {}
@@ -60,3 +74,13 @@ def children(pid: int) -> list[int]:
         found += mine
         todo += mine
     return found
+
+
+def check_sums(printed: str, size: int, launcher: str) -> None:
+    """Ranks of ``sparcomm.doctor.step``: all are there, and have the sums that the simulator gives."""
+    ranks = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert sorted(found["rank"] for found in ranks) == list(range(size)), printed
+    assert {(found["size"], found["launcher"]) for found in ranks} == {(size, launcher)}
+    algorithm = algorithm_from_config({"name": "spardl"})
+    expected = sim.run(size, lambda t: step.reduce(algorithm, t, torch.device("cpu"))).results
+    assert {found["sha256"] for found in ranks} == set(expected)

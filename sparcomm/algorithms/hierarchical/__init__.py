@@ -51,8 +51,9 @@ class Hierarchical(Levels):
     Args:
         inner: sums over the ranks of a node; ``Dense()`` is all that pays on a fast link.
         outer: reduces the nodes' sums, each rank a slice of them. Without state by element.
-        local_size: ranks of a node, numbered one after the other (as torchrun and mpirun do); None: what the
-            environment's LOCAL_WORLD_SIZE says. It must divide the number of ranks.
+        local_size: ranks of a node; None: what the environment's LOCAL_WORLD_SIZE says. It must divide the number of
+            ranks. MPI's transport knows which ones share a node; elsewhere they are numbered one after the other (as
+            torchrun does).
         groups: the ranks of every node, where they are numbered otherwise, such as ((0, 2), (1, 3)).
     """
 

@@ -25,17 +25,17 @@ from torch import Tensor
 from sparcomm.errors import ConfigError, PeerError
 from sparcomm.transport.base import Op
 from sparcomm.transport.common import BaseTransport, Call, Shared
+from sparcomm.transport.limits import as_timedelta
+from sparcomm.transport.staging import Staging, as_bytes
 from sparcomm.transport.torchdist.groups import (
     NEVER_SENT,
     Links,
-    as_timedelta,
     backend_names,
     backend_of,
     find_group,
     make_links,
     usable,
 )
-from sparcomm.transport.torchdist.staging import Staging, as_bytes
 
 TIMEOUT = timedelta(minutes=5)
 T = TypeVar("T")

@@ -27,7 +27,6 @@ from sparcomm.errors import ConfigError, NotInitializedError
 # Which backend can take tensors of which device type as they are. Gloo registers for CUDA but cannot send from it.
 _DIRECT = {"gloo": "cpu", "mpi": "cpu", "nccl": "cuda"}
 NEVER_SENT = 0x7FFFFFFF  # a tag that no message has
-SHORTEST, LONGEST = 0.001, 365 * 86400  # seconds: backends count whole milliseconds, and overflow at infinity
 
 
 class Links:
@@ -123,11 +122,3 @@ def quietly(call: Callable[[], object]) -> None:
         call()
     except (RuntimeError, ValueError, AssertionError):
         return
-
-
-def as_timedelta(timeout: object) -> timedelta:
-    """Seconds or timedelta; raises ConfigError unless it is a time that every backend can count."""
-    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not SHORTEST <= seconds <= LONGEST:
-        raise ConfigError(f"timeout={timeout!r}: must be a timedelta or seconds, from {SHORTEST} to {LONGEST}")
-    return timedelta(seconds=seconds)
