@@ -63,7 +63,7 @@ def sweep(pairs: list[tuple[int, Algorithm]]) -> pytest.MarkDecorator:
 
 @sweep(SWEEP)
 def test_sums_are_conserved_replicas_agree_and_traffic_is_cost(size: int, algorithm: Algorithm) -> None:
-    for n in (1, 6, 300) if size < 5 else (6, 300) if size == 5 else (300,):
+    for n in (1, 6, 300) if size < 3 else (6, 300) if size < 6 else (300,):
         gradients = [[integers(n, rank, step) for rank in range(size)] for step in range(2)]
         ranks = simulate(algorithm, gradients)
         for step in range(2):
@@ -144,7 +144,7 @@ def test_repeats_agree_arguments_are_left_alone_and_buffers_are_reused(size: int
             assert a.residual is None or torch.equal(a.residual, owed(b.residual, b.total))
 
 
-@sweep([pair for pair in SWEEP if pair[0] in (1, 3, 5)])
+@sweep([pair for pair in SWEEP if pair[0] in (1, 4)])
 def test_parts_are_the_total(size: int, algorithm: Algorithm) -> None:
     for n in (5, 1500):
         gradients = [[normals(n, rank, step) for rank in range(size)] for step in range(2)]

@@ -229,10 +229,9 @@ def killed(rank: int, size: int, algorithm: Algorithm) -> tuple[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "algorithm"), [(3, SparDL(density=0.1)), (4, SparDL(density=0.1, teams=2))])
-def test_a_killed_rank_is_an_error_on_all_others(size: int, algorithm: Algorithm) -> None:
+def test_a_killed_rank_is_an_error_on_all_others() -> None:
     """Also on those of another team, which never exchange anything with it."""
-    results = spawn(size, killed, algorithm)
+    results = spawn(4, killed, SparDL(density=0.1, teams=2))
     assert isinstance(results[1], Died)
     for text, seconds in (r for rank, r in enumerate(results) if rank != 1):
         assert "step 2, unit" in text

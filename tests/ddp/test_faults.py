@@ -1,4 +1,4 @@
-"""Every kind of fault a few times, at moments drawn from a fixed seed; and what is broken on purpose is found."""
+"""Every kind of fault, at moments drawn from a fixed seed; and what is broken on purpose is found."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def run(*options: str) -> tuple[int, dict[str, Any], str]:
 @pytest.mark.timeout(320)
 def test_every_kind_of_fault_is_known_to_all_in_time_and_leaves_nothing_wrong() -> None:
     status, rows, said = run(
-        "--ranks", "3", "--count", str(2 * len(KINDS)), "--seed", "3", "--at-once", "2", "--slack", "20"
+        "--ranks", "3", "--count", str(len(KINDS)), "--seed", "3", "--at-once", "2", "--slack", "20"
     )
     assert status == 0, said
     assert list(rows) == [*KINDS, "all"], said
     total = rows["all"]
-    assert total["injections"] == total["in_time"] == 2 * len(KINDS)
+    assert total["injections"] == total["in_time"] == len(KINDS)
     assert total["hangs"] == total["wrong"] == total["unclean"] == 0
-    assert rows["hook"]["survivors"] == rows["differ"]["survivors"] == 6
-    assert rows["differ"]["named"] == 6
+    assert rows["hook"]["survivors"] == rows["differ"]["survivors"] == 3
+    assert rows["differ"]["named"] == 3
     # On a machine that is short of cores an innocent rank may answer too late to be told from a dead one.
     assert total["named"] >= 0.5 * total["survivors"], said
 

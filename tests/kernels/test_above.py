@@ -69,7 +69,7 @@ def test_above_takes_the_first_that_exceed_a_threshold(kernels: Any, dtype: torc
         for threshold in (0.0, some, some / 2, torch.finfo(torch.float64).max)
         for k in sorted({0, min(1, layout.length), layout.length // 100, layout.length // 2, layout.length})
     ]
-    for layout, threshold, k in thinned(kernels, cases, 3, (dtype, kind, n)):
+    for layout, threshold, k in thinned(kernels, cases, 7, (dtype, kind, n)):
         work, flags = begin(kernels, x, layout, max(k // 2, 1))
         b = layout.blocks - 1 if k % 2 else 0
         check_above(kernels, work, block_of(x, layout, b), b, threshold, k)

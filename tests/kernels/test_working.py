@@ -87,7 +87,7 @@ def test_select_finds_exactly_the_largest(kernels: Any, dtype: torch.dtype, kind
                          max(0, layout.length - 1), layout.length})
         for hint in sorted({k, 1})
     ]  # fmt: skip
-    for layout, k, hint in thinned(kernels, cases, 5, (dtype, kind, n)):
+    for layout, k, hint in thinned(kernels, cases, 11, (dtype, kind, n)):
         work, _, _ = begin(kernels, x, layout, hint)
         for b in sorted({0, layout.blocks // 2, layout.blocks - 1}):
             check_select(kernels, work, x, b, k)

@@ -89,22 +89,6 @@ def test_spardl_trains_on_several_ranks(uninterrupted: dict[str, Any], folder: P
 
 @SHARED
 @pytest.mark.timeout(240)
-def test_a_killed_run_resumes_bit_for_bit(uninterrupted: dict[str, Any], killed: Path, folder: Path) -> None:
-    copy = folder / "resumed"
-    shutil.copytree(killed, copy)
-    done = finish(config(folder), RANKS, digits(folder, "resumed"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "resumed after step" in done.stdout
-    resumed = report.read(copy)
-    assert resumed["summary"]["sha256"] == uninterrupted["summary"]["sha256"]
-    assert resumed["summary"]["identical"]
-    assert resumed["summary"]["bytes_sent"] == uninterrupted["summary"]["bytes_sent"]
-    losses = [[record["loss"] for record in run["history"]] for run in (uninterrupted, resumed)]
-    assert losses[0] == losses[1]
-
-
-@SHARED
-@pytest.mark.timeout(240)
 def test_torchrun_restarts_a_job_whose_worker_was_killed(uninterrupted: dict[str, Any], folder: Path) -> None:
     """One rank ends by SIGKILL in a step. The job goes on from its checkpoint: what the ranks owe is kept to the bit,
     the losses continue, and the weights are those of a run that nothing has disturbed."""
