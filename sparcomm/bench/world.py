@@ -23,8 +23,8 @@ from sparcomm.bench.child import PATIENCE, end_with
 from sparcomm.bench.options import Common
 from sparcomm.errors import ConfigError, ConfigMismatch, PeerError
 from sparcomm.launch.environment import detect
+from sparcomm.launch.variables import export, of_ranks
 
-VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHER = "SPARCOMM_BENCH_LAUNCHER"  # its process, which the ranks do not outlive
 GRACE = 5.0  # seconds the other ranks have after the first has failed
 
@@ -71,14 +71,13 @@ def join(options: Common) -> World:
     """
     if os.environ.get(LAUNCHER, "").isdecimal():
         end_with(int(os.environ[LAUNCHER]))
-    fill()
-    place = environment()
+    found = place()
     patience = timedelta(seconds=options.timeout + PATIENCE)
-    if place is None:
+    if found is None:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=patience)  # pyright: ignore[reportPrivateImportUsage]
         world = World(0, 1, "127.0.0.1", store.port, store)
     else:
-        rank, size, host, port = place
+        rank, size, host, port = found
         try:
             store, *_ = next(rendezvous("env://", timeout=patience))
         except RuntimeError as error:
@@ -97,66 +96,32 @@ def leave(world: World, timeout: float) -> None:
             world.get(f"{world.token}/left/{rank}", timeout)
 
 
-def fill() -> None:
-    """Where a launcher has its own names for rank and size (mpirun, srun), adds torch's. Collective under mpirun.
+def place() -> tuple[int, int, str, int] | None:
+    """(rank, size, host, port) by any launcher, set in the environment, too; None if there is none, or one rank alone.
+
+    Collective under mpirun, which says nothing of host and port: the ranks agree on them by MPI.
 
     Raises:
         ConfigError: the launcher says half, or nothing says where ranks can meet.
     """
     found = detect(os.environ)
-    if any(os.environ.get(name) for name in ("RANK", "WORLD_SIZE")) or found.launcher == "none":
-        return
+    if found.size == 1 and found.host is None:
+        return None
     if found.host is None:
         try:
             import sparcomm.mpi_backend  # noqa: F401  # pyright: ignore[reportUnusedImport]
         except ImportError as error:
             raise ConfigError(f"{found.launcher} has started {found.size} ranks: {error}") from error
-    else:
-        known = {"RANK": found.rank, "WORLD_SIZE": found.size, "MASTER_ADDR": found.host, "MASTER_PORT": found.port,
-                 "LOCAL_RANK": found.local_rank, "LOCAL_WORLD_SIZE": found.local_size}  # fmt: skip
-        for name, value in known.items():
-            os.environ.setdefault(name, str(value))
-
-
-def environment() -> tuple[int, int, str, int] | None:
-    """(rank, size, host, port) of the launcher's environment; None if there is none. Raises ConfigError for a half."""
-    given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
-    if not set(given) & {"RANK", "WORLD_SIZE"}:
-        return None
-    missing = [name for name in VARIABLES if name not in given]
-    if missing:
-        raise ConfigError(
-            f"{', '.join(given)} set but not {', '.join(missing)}: a launcher such as torchrun sets all four; without "
-            "one, unset them and use --ranks"
-        )
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-        if not given[name].isdecimal():
-            raise ConfigError(f"{name}={given[name]!r}: must be a whole number")
-    rank, size, port = int(given["RANK"]), int(given["WORLD_SIZE"]), int(given["MASTER_PORT"])
-    if not rank < size:
-        raise ConfigError(f"RANK={rank} with WORLD_SIZE={size}: must be below it")
-    return rank, size, given["MASTER_ADDR"], port
+    export(found)
+    return found.rank, found.size, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def launch(ranks: int, command: Sequence[str]) -> int:
     """Runs ``command`` as so many ranks of this machine, over a store kept here. Returns the first exit code not 0."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
-    shared = {
-        **os.environ,
-        LAUNCHER: str(os.getpid()),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        # The store is ours, as torchrun's agent has one: so no port has to be free at the right moment.
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-    }
-    if sys.platform == "linux":
-        shared.setdefault("GLOO_SOCKET_IFNAME", "lo")
     started = [
-        subprocess.Popen([sys.executable, "-m", *command], env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(ranks)
+        subprocess.Popen([sys.executable, "-m", *command], env=environ)
+        for environ in of_ranks(ranks, store.port, {**os.environ, LAUNCHER: str(os.getpid())})
     ]
     status, deadline, waiting = 0, float("inf"), list(started)
     try:

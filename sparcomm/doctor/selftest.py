@@ -22,6 +22,7 @@ from sparcomm.config import algorithm_from_config
 from sparcomm.doctor.facts import find_program, without_launcher
 from sparcomm.doctor.step import reduce
 from sparcomm.kernels import Kernels, chosen, gpu, kernels_for, reference
+from sparcomm.launch.variables import of_ranks
 from sparcomm.transport import sim
 
 RANKS, PATIENCE = 2, 150.0
@@ -107,20 +108,8 @@ def loopback(way: str) -> str:
     if way == "gloo" and not dist.is_gloo_available():
         raise Skipped("this torch is built without Gloo")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
-    shared = {
-        **without_launcher(),
-        "WORLD_SIZE": str(RANKS),
-        "LOCAL_WORLD_SIZE": str(RANKS),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        # The store is ours, as torchrun's agent has one: so no port has to be free at the right moment.
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-    }
-    if sys.platform == "linux":
-        shared.setdefault("GLOO_SOCKET_IFNAME", "lo")
     command = [sys.executable, "-m", "sparcomm.doctor.step", way]
-    return _compared([(command, {**shared, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(RANKS)])
+    return _compared([(command, environ) for environ in of_ranks(RANKS, store.port, without_launcher())])
 
 
 def under_mpirun() -> str:

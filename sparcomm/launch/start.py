@@ -18,6 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 from sparcomm.errors import ConfigError, ConfigMismatch, PeerError
 from sparcomm.launch.choose import BACKENDS, Host, Plan, plan
 from sparcomm.launch.environment import MPI, Found, detect
+from sparcomm.launch.variables import export
 
 TIMEOUT = 300.0
 
@@ -120,7 +121,7 @@ def _start(found: Found, chosen: Plan, limit: timedelta) -> None:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(chosen.backend, timeout=limit, device_id=bound, store=store, rank=0, world_size=1)
         return
-    _export(found)
+    export(found)
     try:
         store, rank, size = next(rendezvous("env://", timeout=limit))
         store.set_timeout(limit)
@@ -135,21 +136,6 @@ def _start(found: Found, chosen: Plan, limit: timedelta) -> None:
             f"rank {found.rank} of {found.size} ({found.launcher}): the ranks did not meet at {where} within "
             f"{limit.total_seconds():g} s: {error}"
         ) from error
-
-
-def _export(found: Found) -> None:
-    """Sets what torch and others read, where it is unset. MPI may have set the address meanwhile."""
-    values = {
-        "RANK": found.rank,
-        "WORLD_SIZE": found.size,
-        "LOCAL_RANK": found.local_rank,
-        "LOCAL_WORLD_SIZE": found.local_size,
-        "MASTER_ADDR": found.host,
-        "MASTER_PORT": found.port,
-    }
-    for name, value in values.items():
-        if not os.environ.get(name) and value is not None:
-            os.environ[name] = str(value)
 
 
 def _own_part(store: Any, size: int) -> Any:

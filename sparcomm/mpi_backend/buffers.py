@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from sparcomm.transport.mpi.library import MPI
-
-LONGEST = 1 << 30  # bytes of one message: MPI counts in an int
+from sparcomm.transport.mpi.types import LONGEST
 
 
 def plain(t: Tensor) -> bool:
@@ -35,11 +34,6 @@ def deliver(t: Tensor, host: Tensor) -> None:
     """Ends what ``incoming(t)`` began."""
     if host.data_ptr() != t.data_ptr() or not plain(t):
         t.detach().copy_(host)
-
-
-def view(t: Tensor) -> MPI.buffer:
-    """The bytes of a plain tensor. Does not keep the tensor alive."""
-    return MPI.buffer.fromaddress(t.data_ptr(), t.nbytes)
 
 
 def pieces(t: Tensor) -> Iterator[MPI.buffer]:

@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sparcomm.mpi_backend.buffers import LONGEST, pieces, view
+from sparcomm.mpi_backend.buffers import pieces
 from sparcomm.mpi_backend.reductions import Reduction
 from sparcomm.mpi_backend.work import Received, Requests, Steps
 from sparcomm.transport.mpi.library import MPI
+from sparcomm.transport.mpi.types import LONGEST, view
 
 # As many tags as MPI has, 1 << 31 with Open MPI and at least 1 << 15. An operation's comes again after so many others,
 # by when it must have ended.

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sparcomm.mpi_backend.buffers import view
 from sparcomm.mpi_backend.channel import TAGS
 from sparcomm.mpi_backend.work import Health
 from sparcomm.transport.mpi.library import MPI
+from sparcomm.transport.mpi.types import view
 from sparcomm.transport.mpi.waiting import Interrupted, pending, strand, wait
 from sparcomm.transport.mpi.world import world
 

@@ -14,20 +14,9 @@ import torch
 from torch import Tensor
 
 from sparcomm.transport.mpi.library import MPI
+from sparcomm.transport.mpi.types import TYPES
 
-_TYPES = {
-    torch.float32: MPI.FLOAT,
-    torch.float64: MPI.DOUBLE,
-    torch.int8: MPI.INT8_T,
-    torch.int16: MPI.INT16_T,
-    torch.int32: MPI.INT32_T,
-    torch.int64: MPI.INT64_T,
-    torch.uint8: MPI.UINT8_T,
-    torch.uint16: MPI.UINT16_T,
-    torch.uint32: MPI.UINT32_T,
-    torch.uint64: MPI.UINT64_T,
-    torch.bool: MPI.C_BOOL,
-}
+_TYPES = {**TYPES, torch.bool: MPI.C_BOOL}
 _OPS = {"SUM": MPI.SUM, "PRODUCT": MPI.PROD, "MIN": MPI.MIN, "MAX": MPI.MAX}
 _BITS = {"BAND": MPI.BAND, "BOR": MPI.BOR, "BXOR": MPI.BXOR}
 _TRUTHS = {

@@ -106,20 +106,20 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("variables", "complaint"),
     [
-        ({"RANK": "0"}, "RANK set but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "not MASTER_PORT"),
+        ({"RANK": "0"}, "RANK=0 set but not WORLD_SIZE"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "MASTER_ADDR=a set but not MASTER_PORT"),
         ({"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK='x'"),
         ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK=2 with WORLD_SIZE=2"),
     ],
 )
 def test_half_an_environment(variables: dict[str, str], complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in world.VARIABLES:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    assert world.environment() is None
+    assert world.place() is None
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=complaint):
-        world.environment()
+        world.place()
 
 
 def test_ranks_and_a_launcher_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from support import torch_suite
-from support.mpi import MISSING, mpirun
+from support.mpi import MISSING, check, mpirun
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
 CHECKS = Path(__file__).parent.parent / "support" / "mpi_backend.py"
@@ -16,13 +15,7 @@ CHECKS = Path(__file__).parent.parent / "support" / "mpi_backend.py"
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_operations_and_training(size: int, tmp_path: Path) -> None:
-    ended = mpirun(size, CHECKS, tmp_path)
-    reports = {p.stem: json.loads(p.read_text()) for p in sorted(tmp_path.glob("*.json"))}
-    assert list(reports) == [str(r) for r in range(size)], ended.output
-    wrong = [f"--- rank {r}, {name}\n{text}" for r, checks in reports.items() for name, text in checks.items() if text]
-    assert not wrong, "\n".join(wrong)
-    assert all(len(checks) > 25 for checks in reports.values())
-    assert ended.code == 0, ended.output
+    check(size, CHECKS, tmp_path, least=26)
 
 
 FAILING = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -61,3 +62,14 @@ def mpirun(size: int, *command: str | Path, timeout: float = 100, **env: str) ->
             os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
     return Ended(process.returncode, output)
+
+
+def check(size: int, script: Path, folder: Path, least: int) -> None:
+    """Runs a script of checks on so many ranks, each of which leaves in ``folder`` what came of every check."""
+    ended = mpirun(size, script, folder)
+    reports = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
+    assert list(reports) == [str(r) for r in range(size)], ended.output
+    wrong = [f"--- rank {r}, {name}\n{text}" for r, checks in reports.items() for name, text in checks.items() if text]
+    assert not wrong, "\n".join(wrong)
+    assert all(len(checks) >= least for checks in reports.values())
+    assert ended.code == 0, ended.output

@@ -26,6 +26,7 @@ from sparcomm.transport.limits import as_timedelta
 from sparcomm.transport.mpi.library import MPI, cuda_aware
 from sparcomm.transport.mpi.notices import RollCall
 from sparcomm.transport.mpi.seats import Seat, take, take_some
+from sparcomm.transport.mpi.types import LONGEST, TYPES, view
 from sparcomm.transport.mpi.waiting import Interrupted, pending, strand, wait
 from sparcomm.transport.mpi.watchdog import Guard
 from sparcomm.transport.mpi.world import local, node_of, nodes, notices, world
@@ -34,18 +35,9 @@ from sparcomm.transport.staging import Staging, as_bytes
 __all__ = ["MpiTransport"]
 
 TIMEOUT = timedelta(minutes=5)
-LONGEST = 1 << 30  # bytes of a message that MPI can count in an int; longer ones are counted in blocks of so many
 _LOCAL_SIZE = "LOCAL_WORLD_SIZE"
 
 # float16 and bfloat16, which MPI does not know, are added in float32 and rounded once; bool is a byte.
-_TYPES = {
-    torch.float32: MPI.FLOAT,
-    torch.float64: MPI.DOUBLE,
-    torch.int64: MPI.INT64_T,
-    torch.int32: MPI.INT32_T,
-    torch.int8: MPI.INT8_T,
-    torch.uint8: MPI.UINT8_T,
-}
 _VIA = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.bool: torch.uint8}
 
 
@@ -156,7 +148,7 @@ class MpiTransport(BaseTransport):
             self._all_here(peers)
             with Guard(self._timeout.total_seconds(), lambda: self._waiting(peers, self._tag, "in MPI_Allreduce")):
                 for part in host.split(LONGEST // known.element_size()) if host.numel() else ():
-                    place = [_memory(part), part.numel(), _TYPES[part.dtype]]
+                    place = [view(part), part.numel(), TYPES[part.dtype]]
                     self.comm.Allreduce(MPI.IN_PLACE, place, MPI.SUM if op == "sum" else MPI.MAX)
         except MPI.Exception as error:
             raise self._failure(peers, self._tag, str(error)) from error
@@ -279,8 +271,8 @@ class MpiTransport(BaseTransport):
 
 
 def _block(message: Tensor, types: list[MPI.Datatype]) -> tuple[MPI.buffer, int, MPI.Datatype]:
-    """Where and how long a message is. A datatype that had to be made for it is added to ``types``."""
-    memory, size = _memory(message), nbytes(message)
+    """Where and how long a message is. Long ones are counted in blocks, by a datatype that is added to ``types``."""
+    memory, size = view(message), nbytes(message)
     if size <= LONGEST:
         return memory, size, MPI.BYTE
     block = MPI.BYTE.Create_contiguous(LONGEST)
@@ -289,7 +281,3 @@ def _block(message: Tensor, types: list[MPI.Datatype]) -> tuple[MPI.buffer, int,
     block.Free()
     types.append(made)
     return memory, 1, made
-
-
-def _memory(t: Tensor) -> MPI.buffer:
-    return MPI.buffer.fromaddress(t.data_ptr(), nbytes(t))
